@@ -1,0 +1,18 @@
+"""EvoMoE mixture-of-experts training for fairseq: load with `--user-dir fairseq_evomoe`."""
+
+import os
+
+_here = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_here, "kernels")):
+    # a checkout keeps kernels/ and criterions/ beside this folder; a wheel has them inside
+    __path__.append(os.path.dirname(_here))
+
+__version__ = "0.1.0"
+
+from fairseq_evomoe import compat  # noqa: E402
+
+compat.mend()
+
+from fairseq_evomoe import criterions, models, tasks  # noqa: E402
+
+__all__ = ["__version__", "compat", "criterions", "models", "tasks"]

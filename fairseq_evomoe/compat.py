@@ -1,0 +1,183 @@
+"""What fairseq needs to run on today's torch, each mend with its reason.
+
+A mend is applied only where its fault is present, touches one name in one fairseq module, and is
+safe to apply twice. Nothing here turns off torch's checks on what a checkpoint may contain.
+"""
+
+import argparse
+import functools
+import importlib.util
+import logging
+import os
+import socket
+import typing
+import warnings
+from collections import defaultdict
+
+import numpy as np
+import omegaconf
+import torch
+from fairseq import options
+from fairseq.data import data_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import progress_bar
+
+logger = logging.getLogger(__name__)
+
+DETAIL = "moe_load/"
+"""Prefix of metrics that are too many for a progress bar; JSON logs and TensorBoard get them."""
+
+_NOISE = (
+    "deprecated keyword in package header",
+    "is validated against ConfigStore schema",
+    "strict flag in the compose API",
+    "torch.cuda.amp.autocast",
+    "mismatched key_padding_mask and attn_mask",
+    "'pin_memory' argument is set as true",
+)
+
+
+def mend() -> None:
+    """Apply every mend. Called once, when the plugin is imported, before fairseq parses a flag."""
+    allow_config_classes_in_checkpoints()
+    keep_bf16_off_tpu()
+    start_cpu_workers()
+    keep_last_batch()
+    shorten_progress_bar()
+    for text in _NOISE:
+        warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")
+
+
+def allow_config_classes_in_checkpoints() -> None:
+    """torch >= 2.6 refuses the classes in which fairseq stores flags: no resume, no generate.
+
+    `argparse.Namespace` is in every checkpoint of an argparse model; the omegaconf containers
+    travel when rank 0 hands a loaded checkpoint to the other workers. They hold data and run
+    nothing, so they join torch's allow-list; everything else stays forbidden.
+    """
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            omegaconf.DictConfig,
+            omegaconf.ListConfig,
+            omegaconf.base.ContainerMetadata,
+            omegaconf.base.Metadata,
+            omegaconf.nodes.AnyNode,
+            typing.Any,
+            dict,
+            list,
+            int,
+            defaultdict,
+        ]
+    )
+
+
+def _wrapped(original: typing.Callable) -> bool:
+    return getattr(original, "_evomoe", False)
+
+
+def keep_bf16_off_tpu() -> None:
+    """`--bf16` sets `--tpu`, and without torch_xla every run then dies on `xla_device`."""
+    original = options.parse_args_and_arch
+    if _wrapped(original) or importlib.util.find_spec("torch_xla") is not None:
+        return
+
+    @functools.wraps(original)
+    def parse_args_and_arch(*args, **kwargs):
+        parsed = original(*args, **kwargs)
+        for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
+            if getattr(namespace, "bf16", False) and isinstance(namespace, argparse.Namespace):
+                namespace.tpu = False
+        return parsed
+
+    parse_args_and_arch._evomoe = True
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def start_cpu_workers() -> None:
+    """fairseq starts one worker a GPU: with `--cpu` none, and a run may train nothing, exit 0."""
+    original = distributed_utils.call_main
+    if _wrapped(original):
+        return
+
+    @functools.wraps(original)
+    def call_main(cfg, main, **kwargs):
+        flags = cfg.distributed_training
+        torchrun = all(k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+        if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
+            return original(cfg, main, **kwargs)
+
+        if flags.distributed_backend == "nccl":
+            flags.distributed_backend = "gloo"
+        if flags.ddp_backend in ("c10d", "pytorch_ddp"):
+            logger.info("CPU workers: --ddp-backend %s -> legacy_ddp", flags.ddp_backend)
+            flags.ddp_backend = "legacy_ddp"
+        if torchrun:
+            flags.distributed_init_method = "env://"
+            flags.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            flags.distributed_rank = int(os.environ["RANK"])
+            flags.distributed_no_spawn = True
+            return distributed_utils.distributed_main(0, main, cfg, kwargs)
+        if flags.distributed_no_spawn:
+            return original(cfg, main, **kwargs)
+        if flags.distributed_init_method is None:
+            port = flags.distributed_port if flags.distributed_port > 0 else _free_port()
+            flags.distributed_init_method = f"tcp://localhost:{port}"
+        flags.distributed_num_procs = flags.distributed_world_size
+        flags.distributed_rank = None
+        kwargs["start_rank"] = 0
+        torch.multiprocessing.spawn(
+            distributed_utils.distributed_main,
+            args=(main, cfg, kwargs),
+            nprocs=flags.distributed_world_size,
+            join=True,
+        )
+
+    call_main._evomoe = True
+    distributed_utils.call_main = call_main
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def keep_last_batch() -> None:
+    """`--required-batch-size-multiple` (8 by default) drops the last batch: sentences vanish.
+
+    Training, validation and fairseq-generate lose the last n mod 8 sentences, the longest. They
+    come back as one batch more.
+    """
+    original = data_utils.batch_by_size
+    if _wrapped(original):
+        return
+
+    @functools.wraps(original)
+    def batch_by_size(indices, *args, **kwargs):
+        if not isinstance(indices, np.ndarray):
+            indices = np.fromiter(indices, dtype=np.int64, count=-1)
+        batches = original(indices, *args, **kwargs)
+        fixed_shapes = kwargs.get("fixed_shapes") is not None or len(args) > 5
+        kept = sum(len(b) for b in batches)
+        if fixed_shapes or kept == len(indices):
+            return batches
+        return [*batches, indices[kept:]]
+
+    batch_by_size._evomoe = True
+    data_utils.batch_by_size = batch_by_size
+
+
+def shorten_progress_bar() -> None:
+    """A bar shows every metric it is given; one number per layer and expert would drown the rest."""
+    original = progress_bar.BaseProgressBar._format_stats
+    if _wrapped(original):
+        return
+
+    @functools.wraps(original)
+    def _format_stats(self, stats):
+        return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
+
+    _format_stats._evomoe = True
+    progress_bar.BaseProgressBar._format_stats = _format_stats

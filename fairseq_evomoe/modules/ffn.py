@@ -1,0 +1,27 @@
+"""The one place that decides what stands in for a layer's feed-forward network."""
+
+from torch import Tensor, nn
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+
+
+def build_ffn(
+    cfg: MoEConfig, side: str, index: int, *, fc1: nn.Linear, fc2: nn.Linear, activation, dropout
+) -> nn.Module | None:
+    """The module (L, B, D) -> (L, B, D) for layer `index` of `side`, or None to leave it dense.
+
+    Args:
+        side: "encoder" or "decoder".
+        fc1, fc2: the linear maps that the dense layer would use.
+        activation, dropout: between them.
+    """
+    if not cfg.is_moe_layer(side, index):
+        return None
+    name = f"{side}.{index}"
+    return EvoMoELayer(fc1, fc2, cfg=cfg, name=name, activation=activation, dropout=dropout)
+
+
+def identity(x: Tensor) -> Tensor:
+    """What an FFN's remaining steps become once a module computes all of it."""
+    return x

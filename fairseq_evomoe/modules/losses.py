@@ -1,0 +1,42 @@
+"""Routing losses: pure functions of a gate's probabilities. Letters: T tokens, E experts."""
+
+import torch
+from torch import Tensor
+
+
+def balance_loss(probs: Tensor, load: Tensor) -> Tensor:
+    """Load balance, invariant to how many experts are active.
+
+    E * sum_e f_e P_e (eq. 4 of arXiv 2101.03961), with f_e the expert's share of the active pairs
+    instead of tokens and P_e its mean clean probability: 1 at perfect balance in every stage.
+
+    Args:
+        probs: clean gate probabilities, (T, E) float32; rows sum to 1.
+        load: active pairs of each expert, (E,), any scale; not differentiated.
+
+    Returns:
+        scalar float32; 0 when there is no token.
+    """
+    if probs.size(0) == 0:
+        return probs.sum()
+    share = load.float() / load.sum().clamp(min=1)
+    return probs.size(1) * (share * probs.mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """mean_t logsumexp(z_t)^2, keeps logits small (eq. 5 of arXiv 2202.08906). logits: (T, E)."""
+    if logits.size(0) == 0:
+        return logits.sum()
+    return logits.logsumexp(-1).square().mean()
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of (T, E) probabilities; (T,)."""
+    return torch.special.entr(probs).sum(-1)
+
+
+def entropy_loss(probs: Tensor) -> Tensor:
+    """Mean entropy in nats: 0 when every token is sure of its expert. probs: (T, E)."""
+    if probs.size(0) == 0:
+        return probs.sum()
+    return entropy(probs).mean()

@@ -1,0 +1,199 @@
+"""The MoE layer that stands in for a Transformer's feed-forward network.
+
+Letters: L positions, B sentences, T real tokens, D model width, E experts.
+"""
+
+import zlib
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules import losses
+from fairseq_evomoe.modules.experts import ExpertBank, Split
+from fairseq_evomoe.modules.gates import GATES
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan
+from fairseq_evomoe.modules.records import LossPort, RoutingRecord, attach, touch
+from fairseq_evomoe.schedule import EvolutionSchedule, Stage
+
+
+class TokenBatch:
+    """The token ids behind a batch of states, handed down by the encoder or decoder.
+
+    Args:
+        ids: (B, L) int64.
+        pad: id of padding.
+    """
+
+    def __init__(self, ids: Tensor, pad: int) -> None:
+        self.ids, self.pad = ids, pad
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Rows of the flattened (L, B) states that are not padding, (T,) int64; None: all of them.
+
+        Computed once for all layers: it makes a GPU wait for the host.
+        """
+        keep = self.ids.t().reshape(-1).ne(self.pad)
+        rows = keep.nonzero().squeeze(1)
+        return None if rows.numel() == keep.numel() else rows
+
+
+class EvoMoELayer(nn.Module):
+    """Gate and experts through the stages of EvoMoE (arXiv 2112.14397).
+
+    1. DIVERSIFY: the base expert alone, on every position: a dense layer, to the bit.
+    2. Otherwise padding is left out and the gate plans the T real tokens (float32).
+    3. The experts compute the plan's active pairs and combine them, dropless.
+    4. While training, the routing losses join the graph (`records.attach`); inside
+       `records.recording` the layer keeps a `RoutingRecord`.
+
+    Time: `follow` gives the layer its schedule, fairseq calls `set_num_updates`. Stage and
+    temperature are saved with the weights, since generation has neither.
+
+    Args:
+        fc1, fc2: the dense layer's linear maps, which become the base expert.
+        cfg: the flags.
+        name: unique in the model, "encoder.1"; part of every seed.
+        activation, dropout: between the maps.
+    """
+
+    keeps_record = True
+
+    def __init__(
+        self,
+        fc1: nn.Linear,
+        fc2: nn.Linear,
+        *,
+        cfg: MoEConfig,
+        name: str,
+        activation,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.cfg, self.name = cfg, name
+        # `initial_seed` is --seed; reading it leaves the global stream as in a dense model
+        generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()))
+        self.gate = GATES[cfg.moe_gate](fc1.in_features, cfg, generator)
+        self.experts = ExpertBank(
+            fc1,
+            fc2,
+            num_experts=cfg.moe_expert_count,
+            activation=activation,
+            dropout=dropout,
+            generator=generator,
+        )
+        self.schedule: EvolutionSchedule | None = None
+        self.num_updates, self.spawned = 0, True
+        self._saved = Clock(Stage.SPARSIFY, 1.0)
+        self.tokens: TokenBatch | None = None
+        self.record: RoutingRecord | None = None
+        self.recording = False
+        self.port = LossPort()
+
+    def _seed(self, seed: int) -> int:
+        return (seed * 1000003 + zlib.crc32(self.name.encode())) % 2**62
+
+    # -- time
+
+    def follow(self, schedule: EvolutionSchedule) -> None:
+        """Take the stages from `schedule`; before the split unless it lies at update 0."""
+        self.schedule, self.spawned = schedule, schedule.spawn == 0
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq's hook: called with the number of finished updates, in any order."""
+        self.num_updates = num_updates
+
+    @property
+    def clock(self) -> Clock:
+        """Stage and temperature of the next forward pass."""
+        if self.schedule is None:
+            return self._saved
+        if not self.spawned:
+            return Clock(Stage.DIVERSIFY, self.schedule.start)
+        # a restart that resets the updates must not go back behind a split that has happened
+        stage = max(self.schedule.stage(self.num_updates), Stage.SPARSIFY)
+        return Clock(stage, self.schedule.temperature(self.num_updates))
+
+    def get_extra_state(self) -> Tensor:
+        """Float64 [num_updates, stage, temperature, spawned]: exact under .half(), plain tensor."""
+        clock = self.clock
+        state = [self.num_updates, clock.stage, clock.temperature, self.spawned]
+        return torch.tensor(state, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        num_updates, stage, temperature, spawned = state.tolist()
+        self.num_updates, self.spawned = int(num_updates), bool(spawned)
+        self._saved = Clock(Stage(int(stage)), temperature)
+
+    def split(self, mode: str, *, ratio: float, noise: float, seed: int) -> Split:
+        """The decision how the base expert splits here; the caller applies it and sets `spawned`."""
+        experts, hidden = self.experts.b1.shape
+        return Split(
+            mode, ratio=ratio, noise=noise, seed=self._seed(seed), experts=experts, hidden=hidden
+        )
+
+    # -- data
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(L, B, D) -> (L, B, D); rows of padding are 0 after the diversify stage."""
+        if self.training and self.schedule is None and self.gate.needs_schedule:
+            raise ValueError(
+                f"--moe-gate {self.cfg.moe_gate} changes over time and this task sets no schedule: "
+                "train with --task translation_evomoe"
+            )
+        clock = self.clock
+        if clock.stage == Stage.DIVERSIFY:
+            return self._diversify(x, clock)
+
+        flat = x.reshape(-1, x.size(-1))
+        real = self.tokens.real if self.tokens is not None else None
+        states = flat if real is None else flat.index_select(0, real)
+        plan = self.gate(states, clock)
+        y = self.experts(states, plan).to(x.dtype)
+        y = self._account(y, plan, clock)
+        if real is not None:
+            y = torch.zeros_like(flat).index_copy(0, real, y)
+        return y.view_as(x)
+
+    def _diversify(self, x: Tensor, clock: Clock) -> Tensor:
+        y = self.experts.base(x)
+        if self.recording:
+            flat = x.size(0) * x.size(1)
+            real = self.tokens.real if self.tokens is not None else None
+            tokens = x.new_tensor(flat if real is None else real.numel(), dtype=torch.float32)
+            load = torch.zeros(self.cfg.moe_expert_count, device=x.device)
+            load[0] = tokens
+            nothing = torch.zeros(3, device=x.device)
+            self.record = RoutingRecord(
+                self.name, clock.stage, clock.temperature, tokens, load, nothing[0], nothing
+            )
+        if self.training and torch.is_grad_enabled():
+            y = touch(y, self.gate.weight)
+        return y
+
+    def _account(self, y: Tensor, plan: RoutingPlan, clock: Clock) -> Tensor:
+        training = self.training and torch.is_grad_enabled()
+        if not (training or self.recording):
+            return y
+        load = plan.active.sum(0).float()
+        share = load
+        if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
+            share = load.clone()
+            dist.all_reduce(share)
+        values = torch.stack(
+            [
+                losses.balance_loss(plan.probs, share),
+                losses.z_loss(plan.logits),
+                losses.entropy_loss(plan.probs),
+            ]
+        )
+        if self.recording:
+            tokens = load.new_tensor(plan.probs.size(0))
+            spread = losses.entropy(plan.probs.detach()).sum()
+            self.record = RoutingRecord(
+                self.name, clock.stage, clock.temperature, tokens, load, spread, values.detach()
+            )
+        return attach(y, values, self.port) if training else y

@@ -1,0 +1,123 @@
+"""Time: which stage an update belongs to and how warm the gate is, as pure functions of `n`.
+
+`n` counts finished updates. `spawn`: the base expert splits. `anneal`: updates that the temperature
+takes to fall. `hard`: from here the final sparse rule holds.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Stage(IntEnum):
+    """The three stages of training (EvoMoE, arXiv 2112.14397)."""
+
+    DIVERSIFY = 0
+    """Only the base expert runs."""
+    SPARSIFY = 1
+    """All experts exist; the gate passes from dense to sparse."""
+    HARD = 2
+    """Each token uses the top-k experts."""
+
+
+SHAPES = ("linear", "exponential", "cosine")
+
+
+@dataclass(frozen=True)
+class EvolutionSchedule:
+    """When the stages change and how the temperature falls between them.
+
+    Attributes:
+        spawn: update at which the base expert splits; 0: all experts exist from the start.
+        anneal: updates from `spawn` over which the temperature falls.
+        hard: update from which the top-k rule holds; None: never.
+        start, end: temperature before and after annealing.
+        shape: one of `SHAPES`.
+    """
+
+    spawn: int = 0
+    anneal: int = 0
+    hard: int | None = None
+    start: float = 1.0
+    end: float = 1.0
+    shape: str = "linear"
+
+    def stage(self, n: int) -> Stage:
+        if n < self.spawn:
+            return Stage.DIVERSIFY
+        if self.hard is not None and n >= self.hard:
+            return Stage.HARD
+        return Stage.SPARSIFY
+
+    def temperature(self, n: int) -> float:
+        """`start` until the spawn, `end` after the annealing, in between by `shape`.
+
+        With u in [0, 1] the share of the annealing that is over: linear start + u (end - start);
+        exponential start (end / start)^u; cosine end + (start - end) (1 + cos(pi u)) / 2.
+        """
+        if n <= self.spawn:
+            return self.start
+        if n >= self.spawn + self.anneal:
+            return self.end
+        u = (n - self.spawn) / self.anneal
+        if self.shape == "linear":
+            return self.start + u * (self.end - self.start)
+        if self.shape == "exponential":
+            return self.start * (self.end / self.start) ** u
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * u)) / 2
+
+
+def resolve(
+    *,
+    spawn: int,
+    anneal: int,
+    hard: int,
+    start: float,
+    end: float,
+    shape: str,
+    max_update: int,
+) -> EvolutionSchedule:
+    """Check the schedule's flags and fill in those left to follow `--max-update`.
+
+    Args:
+        spawn: `--evo-spawn-update`; -1: a tenth of max_update.
+        anneal: `--dts-anneal-updates`; -1: half of max_update.
+        hard: `--dts-hard-update`; -1: when the annealing ends; 0: never.
+        start, end, shape: `--dts-temperature-start`, `-end`, `-schedule`.
+        max_update: `--max-update`; 0: unknown.
+
+    Raises:
+        ValueError: a flag is out of range; the message names it and the fix.
+    """
+    if max_update <= 0 and (spawn == -1 or anneal == -1):
+        raise ValueError(
+            "--evo-spawn-update and --dts-anneal-updates follow --max-update when they are -1, "
+            "but --max-update is not set: set it, or give both flags a number of updates"
+        )
+    for name, value in (("--evo-spawn-update", spawn), ("--dts-anneal-updates", anneal)):
+        if value < -1:
+            raise ValueError(f"{name} {value}: give a number of updates >= 0, or -1 for automatic")
+    for name, value in (("--dts-temperature-start", start), ("--dts-temperature-end", end)):
+        if not value > 0 or math.isinf(value):
+            raise ValueError(f"{name} {value}: a softmax temperature must be a number > 0")
+    if end > start:
+        raise ValueError(
+            f"--dts-temperature-end {end} is above --dts-temperature-start {start}: the gate would "
+            "become denser; swap them"
+        )
+    if shape not in SHAPES:
+        raise ValueError(f"--dts-temperature-schedule {shape!r}: choose one of {', '.join(SHAPES)}")
+    spawn = max_update // 10 if spawn == -1 else spawn
+    anneal = max_update // 2 if anneal == -1 else anneal
+    if 0 < max_update <= spawn:
+        raise ValueError(
+            f"--evo-spawn-update {spawn} lies beyond --max-update {max_update}: the experts would "
+            "never split; lower it, or train a dense model"
+        )
+    if hard < -1 or 0 < hard < spawn:
+        raise ValueError(
+            f"--dts-hard-update {hard} comes before the split at update {spawn}: give an update "
+            "from there on, -1 (when the annealing ends) or 0 (never)"
+        )
+    resolved = {-1: spawn + anneal, 0: None}.get(hard, hard)
+    return EvolutionSchedule(spawn, anneal, resolved, start, end, shape)

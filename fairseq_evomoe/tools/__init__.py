@@ -1,0 +1,1 @@
+"""Command-line tools; each is a console script and runs with `python -m` as well."""

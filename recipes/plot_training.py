@@ -1,0 +1,82 @@
+"""One picture of a run: its loss, active experts and temperature, and the load of each expert.
+
+    python plot_training.py --log run/train.log --out run/evolution.png
+
+Reads what fairseq-train writes with `--log-format json --log-file run/train.log`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOAD = "moe_load/"
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The JSON lines of training (not validation), numbers as floats, in the order of updates."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("{"):
+            continue
+        row = {k: v for k, v in json.loads(line).items() if v is not None}
+        if "num_updates" in row and "loss" in row:
+            rows.append({k: float(v) for k, v in row.items()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows = [r for r in read_log(args.log) if "moe_active_experts" in r]
+    if not rows:
+        sys.exit(f"{args.log}: no training lines of an MoE model; is --log-format json set?")
+    updates = [r["num_updates"] for r in rows]
+    layers = sorted({k.split("/")[1] for r in rows for k in r if k.startswith(LOAD)})
+
+    figure, axes = plt.subplots(
+        2 + len(layers), 1, sharex=True, figsize=(8, 4.2 + 1.1 * len(layers)), layout="constrained"
+    )
+    axes[0].plot(updates, [r["loss"] for r in rows], color="black")
+    axes[0].set_ylabel("task loss\n(bits)")
+    axes[1].plot(updates, [r["moe_active_experts"] for r in rows], color="tab:blue")
+    axes[1].set_ylabel("active experts\nper token", color="tab:blue")
+    axes[1].set_ylim(bottom=0)
+    warmth = axes[1].twinx()
+    warmth.plot(updates, [r["moe_temperature"] for r in rows], color="tab:red", linestyle="--")
+    warmth.set_ylabel("temperature", color="tab:red")
+    warmth.set_ylim(bottom=0)
+    for axis in axes[:2]:
+        for before, after in zip(rows, rows[1:], strict=False):
+            if int(before["moe_stage"]) != int(after["moe_stage"]):
+                axis.axvline(after["num_updates"], color="grey", linewidth=0.8)
+
+    for axis, layer in zip(axes[2:], layers, strict=True):
+        keys = sorted({k for r in rows for k in r if k.startswith(f"{LOAD}{layer}/")})
+        share = [[r.get(k, 1.0 if k.endswith("/e0") else 0.0) for r in rows] for k in keys]
+        image = axis.imshow(
+            share,
+            aspect="auto",
+            origin="lower",
+            vmin=0,
+            vmax=max(2 / len(keys), max(map(max, (s[-5:] for s in share)))),
+            extent=(updates[0], updates[-1], -0.5, len(keys) - 0.5),
+            cmap="viridis",
+        )
+        axis.set_ylabel(f"{layer}\nexpert")
+        axis.set_yticks(range(len(keys)))
+        figure.colorbar(image, ax=axis, label="load")
+    axes[-1].set_xlabel("updates")
+    figure.savefig(args.out, dpi=110)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# From nothing to an EvoMoE translation model and its BLEU, on a laptop.
+#
+#   bash recipes/quickstart/run.sh                       the built-in English-German grammar
+#   bash recipes/quickstart/run.sh --data DIR --source-lang xx --target-lang yy
+#                                                        your own DIR/{train,valid,test}.{xx,yy}
+#   options: --updates N (1000)  --vocab N (1000)  --max-tokens N (1536)  --seed N (1)
+#            --out DIR (work/quickstart)  -- any further fairseq-train flags
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+data= src=en tgt=de updates=1000 vocab=1000 max_tokens=1536 seed=1 WORK=$PWD/work/quickstart
+while [ $# -gt 0 ]; do
+    case $1 in
+        --data) data=$2 ;; --source-lang) src=$2 ;; --target-lang) tgt=$2 ;;
+        --updates) updates=$2 ;; --vocab) vocab=$2 ;; --max-tokens) max_tokens=$2 ;;
+        --seed) seed=$2 ;; --out) mkdir -p "$2"; WORK=$(cd "$2" && pwd) ;;
+        --) shift; break ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; echo "unknown option: $1" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+
+extras=plots . recipes/environment.sh
+. recipes/translation.sh
+mkdir -p "$WORK"
+start=$SECONDS
+
+tests=(test)
+if [ -z "$data" ]; then
+    data=$WORK/corpus
+    [ -e "$data/test_comp.de" ] || python recipes/quickstart/grammar.py --out "$data"
+    tests=(test test_comp)
+fi
+prepare "$src" "$tgt" "$vocab" "$data/train" "$data/valid" "${tests[@]/#/$data/}"
+
+if [ ! -e "$WORK/model/averaged.pt" ]; then
+    echo "training: $updates updates"
+    rm -rf "$WORK/model"
+    train_start=$SECONDS
+    train model \
+        --task translation_evomoe --source-lang "$src" --target-lang "$tgt" \
+        --arch transformer_evomoe --encoder-layers 2 --decoder-layers 2 \
+        --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --moe-freq 2 --moe-expert-count 4 \
+        --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 \
+        --dropout 0.1 --optimizer adam --adam-betas '(0.9, 0.98)' \
+        --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 \
+        --max-tokens "$max_tokens" --max-update "$updates" --seed "$seed" \
+        --save-interval-updates $((updates / 20 > 0 ? updates / 20 : 1)) --keep-interval-updates 4 \
+        --no-epoch-checkpoints --log-interval 10 "$@"
+    evomoe-average "$WORK/model" --last 4 --output "$WORK/model/averaged.pt"
+    echo "training: $((SECONDS - train_start)) s"
+fi
+
+rm -f "$WORK/scores.jsonl"
+for i in "${!tests[@]}"; do
+    subset=test$([ "$i" = 0 ] || echo "$i")
+    translate model averaged.pt "$subset" "$src" "$tgt" --beam 4 --max-tokens 6000
+    tags=$data/${tests[$i]}.tags
+    [ -e "$tags" ] && tags=(--tags "$tags") || tags=()
+    python recipes/score.py --name "${tests[$i]}" --source "$data/${tests[$i]}.$src" \
+        --reference "$data/${tests[$i]}.$tgt" --hypothesis "$WORK/model/$subset.hyp" \
+        --train-source "$data/train.$src" --train-target "$data/train.$tgt" \
+        "${tags[@]}" --show 3 --json "$WORK/scores.jsonl"
+done
+python recipes/plot_training.py --log "$WORK/model/train.log" --out "$WORK/evolution.png"
+echo "job: $((SECONDS - start)) s without set-up; model: $WORK/model/averaged.pt"

@@ -1,0 +1,99 @@
+"""sacreBLEU and chrF of hypotheses, beside what no model is needed for, and a few translations.
+
+    python score.py --source test.en --reference test.de --hypothesis test.hyp [--tags test.tags]
+
+The number of source, reference and hypothesis lines must agree: a lost line would shift all others.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from sacrebleu.metrics import BLEU, CHRF
+
+
+def read(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def word_by_word(source: list[str], table: dict[str, str]) -> list[str]:
+    """Each word replaced by the target word it most often meets in training; else copied."""
+    return [" ".join(table.get(w, w) for w in line.split()) for line in source]
+
+
+def frequency_table(source: list[str], target: list[str]) -> dict[str, str]:
+    """Source word -> target word of the largest Dice coefficient over sentence pairs."""
+    ours, theirs, both = Counter(), Counter(), defaultdict(Counter)
+    for s, t in zip(source, target, strict=True):
+        s_words, t_words = set(s.split()), set(t.split())
+        ours.update(s_words)
+        theirs.update(t_words)
+        for w in s_words:
+            both[w].update(t_words)
+    best = lambda w: max(both[w], key=lambda v: (2 * both[w][v] / (ours[w] + theirs[v]), v))
+    return {w: best(w) for w in ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="test")
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--hypothesis", type=Path, required=True)
+    parser.add_argument("--train-source", type=Path, help="with --train-target: frequency baseline")
+    parser.add_argument("--train-target", type=Path)
+    parser.add_argument("--tags", type=Path, help="JSON list of phenomena per line: exact match each")
+    parser.add_argument("--show", type=int, default=0, help="print this many translations")
+    parser.add_argument("--json", type=Path, help="append the result to this file, a line of JSON")
+    args = parser.parse_args()
+
+    source, reference, hypothesis = map(read, (args.source, args.reference, args.hypothesis))
+    if not len(source) == len(reference) == len(hypothesis):
+        sys.exit(
+            f"{args.name}: {len(source)} source, {len(reference)} reference and {len(hypothesis)} "
+            "hypothesis lines: sentences were lost, no score"
+        )
+    bleu, chrf = BLEU(), CHRF()
+    score = bleu.corpus_score(hypothesis, [reference])
+    exact = [h == r for h, r in zip(hypothesis, reference, strict=True)]
+    result = {
+        "name": args.name,
+        "bleu": round(score.score, 2),
+        "chrf": round(chrf.corpus_score(hypothesis, [reference]).score, 2),
+        "exact": round(100 * sum(exact) / len(exact), 1),
+        "lines": len(source),
+        "signature": str(bleu.get_signature()),
+    }
+    print(
+        f"{args.name}: BLEU {result['bleu']:.2f}  chrF {result['chrf']:.2f}  "
+        f"exact {result['exact']:.1f} %  ({len(source)} lines)  {result['signature']}"
+    )
+    result["bleu_copy"] = round(BLEU().corpus_score(source, [reference]).score, 2)
+    print(f"  copy of the source: BLEU {result['bleu_copy']:.2f}")
+    if args.train_source and args.train_target:
+        table = frequency_table(read(args.train_source), read(args.train_target))
+        literal = word_by_word(source, table)
+        result["bleu_frequency"] = round(BLEU().corpus_score(literal, [reference]).score, 2)
+        print(f"  most frequent word for each word: BLEU {result['bleu_frequency']:.2f}")
+    if args.tags:
+        by_tag = defaultdict(list)
+        for tags, hit in zip(read(args.tags), exact, strict=True):
+            for tag in json.loads(tags):
+                by_tag[tag].append(hit)
+        result["exact_by_tag"] = {
+            t: round(100 * sum(v) / len(v), 1) for t, v in sorted(by_tag.items())
+        }
+        shown = ", ".join(f"{t} {v:.0f} %" for t, v in result["exact_by_tag"].items())
+        print(f"  exact match by phenomenon: {shown}")
+    for i in range(min(args.show, len(source))):
+        print(f"  {source[i]}\n    model     {hypothesis[i]}\n    reference {reference[i]}")
+    if args.json:
+        with args.json.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Packaging: metadata, and the mapping of the top-level folders into the package.
+
+`kernels/` and `criterions/` stand beside `fairseq_evomoe/` in the source tree and are installed
+inside it. No folder here may become a top-level package: `kernels` is another project's name.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "fairseq_evomoe/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="fairseq-evomoe",
+    version=VERSION,
+    description="Mixture-of-experts layers that evolve (EvoMoE), as a plugin for fairseq",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={
+        "fairseq_evomoe.kernels": "kernels",
+        "fairseq_evomoe.criterions": "criterions",
+    },
+    packages=[
+        "fairseq_evomoe",
+        "fairseq_evomoe.criterions",
+        "fairseq_evomoe.kernels",
+        "fairseq_evomoe.models",
+        "fairseq_evomoe.modules",
+        "fairseq_evomoe.modules.gates",
+        "fairseq_evomoe.tasks",
+        "fairseq_evomoe.tools",
+    ],
+    package_data={"fairseq_evomoe": ["py.typed"]},
+    install_requires=[
+        # the name under which fairseq's main branch, able to import on Python 3.11, is published
+        "fairseq-fixed==0.12.3.1",
+        "numpy>=1.26",
+        "sacrebleu>=2.4",
+        "sentencepiece>=0.2",
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "dev": ["build", "mypy", "pre-commit", "pytest", "ruff"],
+        "plots": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+    },
+    entry_points={"console_scripts": ["evomoe-average=fairseq_evomoe.tools.average:main"]},
+)

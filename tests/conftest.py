@@ -1,0 +1,100 @@
+"""Shared by all tests: one-thread determinism, poisoned memory, a toy corpus, the real commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+USER_DIR = ROOT / "fairseq_evomoe"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random stream, on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """torch.empty yields NaN: an output cell that no kernel wrote makes the test fail."""
+
+    def poison(original):
+        def wrapper(*args, **kwargs):
+            t = original(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def run(*command, cwd=None, env=None, ok=True, timeout=600):
+    """Run a real command; its standard output and error together, in one string."""
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    if ok:
+        assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
+    else:
+        assert done.returncode != 0, f"{command} should have failed\n{done.stdout[-3000:]}"
+    return done.stdout
+
+
+def tool(name):
+    """Path of a console script of this environment."""
+    return Path(sys.executable).parent / name
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A binarised toy corpus, word level, from the real fairseq-preprocess; its folder."""
+    from recipes.quickstart import grammar
+
+    folder = tmp_path_factory.mktemp("toy")
+    splits = grammar.corpus(train=400, valid=40, test=43, seed=5)
+    for split, pairs in splits.items():
+        for lang, side in (("en", 0), ("de", 1)):
+            text = "\n".join(p[side] for p in pairs) + "\n"
+            (folder / f"{split}.{lang}").write_text(text, encoding="utf-8")
+    run(
+        tool("fairseq-preprocess"),
+        *("-s", "en", "-t", "de", "--joined-dictionary", "--workers", "1"),
+        *("--trainpref", folder / "train", "--validpref", folder / "valid"),
+        *("--testpref", folder / "test", "--destdir", folder / "bin"),
+    )
+    return folder
+
+
+def train_args(toy, save_dir, *extra):
+    """fairseq-train on the toy corpus with a tiny model; later flags win."""
+    return [
+        str(a)
+        for a in (
+            toy / "bin",
+            *("--user-dir", USER_DIR, "--task", "translation_evomoe", "-s", "en", "-t", "de"),
+            *("--arch", "transformer_evomoe", "--encoder-layers", 2, "--decoder-layers", 2),
+            *("--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64),
+            *("--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
+            *("--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", 0.1),
+            *("--optimizer", "adam", "--lr", 0.003, "--lr-scheduler", "fixed"),
+            *("--max-tokens", 400, "--max-update", 30, "--seed", 7, "--num-workers", 0, "--cpu"),
+            *("--share-all-embeddings", "--save-dir", save_dir, "--no-epoch-checkpoints"),
+            *("--log-format", "json", "--log-interval", 1, "--disable-validation"),
+            *extra,
+        )
+    ]

@@ -41,7 +41,11 @@ class MoEConfig(FairseqDataclass):
         "dts combine weights: renorm (noisy tempered p, summing to 1 over the active experts), "
         "raw (p itself) or softmax (clean softmax of the logits)",
     )
-    dts_noise: str = _flag("gumbel", "dts: noise on the logits while training: gumbel or none")
+    dts_noise: str = _flag(
+        "gumbel",
+        "dts: noise on the logits while training: gumbel, annealed (gumbel, falling to nothing with "
+        "the temperature) or none",
+    )
     dts_top_k: int = _flag(1, "dts: experts per token in the hard stage")
     dts_parity: bool = _flag(
         False,
@@ -114,7 +118,7 @@ class MoEConfig(FairseqDataclass):
             f"choose 1 to --moe-expert-count {self.moe_expert_count}",
         )
         need(self.moe_gate_init_std >= 0, "--moe-gate-init-std", "must be >= 0")
-        need(0 <= self.threshold < 1, "--dts-threshold", "choose a share from 0 to below 1")
+        need(0 <= self.threshold < 1, "--dts-threshold", "must be >= 0 and below a probability of 1")
         need(
             0 <= self.dts_max_experts <= self.moe_expert_count,
             "--dts-max-experts",
@@ -130,7 +134,11 @@ class MoEConfig(FairseqDataclass):
             "--dts-combine",
             "choose renorm, raw or softmax",
         )
-        need(self.dts_noise in ("gumbel", "none"), "--dts-noise", "choose gumbel or none")
+        need(
+            self.dts_noise in ("gumbel", "annealed", "none"),
+            "--dts-noise",
+            "choose gumbel, annealed or none",
+        )
         if self.dts_parity:
             need(
                 self.dts_combine != "renorm",

@@ -66,6 +66,12 @@ class EvolutionSchedule:
             return self.start * (self.end / self.start) ** u
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * u)) / 2
 
+    def warmth(self, n: int) -> float:
+        """How far the temperature is above its end, from 1 (`start`) to 0 (`end`)."""
+        if self.start == self.end:
+            return float(n < self.spawn + self.anneal)
+        return (self.temperature(n) - self.end) / (self.start - self.end)
+
 
 def resolve(
     *,

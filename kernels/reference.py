@@ -41,7 +41,7 @@ def grouped_ffn(
     dropout: float = 0.0,
 ) -> Tensor:
     """y_t = sum over the pairs (t, e) of weight * FFN_e(x_t); see `grouped_ffn.grouped_ffn`."""
-    y = torch.zeros_like(x)
+    y = x * 0  # part of the graph even when no pair is active
     start = 0
     for e, n in enumerate(counts):
         if n == 0:

@@ -112,10 +112,11 @@ class EvoMoELayer(nn.Module):
         if self.schedule is None:
             return self._saved
         if not self.spawned:
-            return Clock(Stage.DIVERSIFY, self.schedule.start)
+            return Clock(Stage.DIVERSIFY, self.schedule.start, warmth=1.0)
         # a restart that resets the updates must not go back behind a split that has happened
-        stage = max(self.schedule.stage(self.num_updates), Stage.SPARSIFY)
-        return Clock(stage, self.schedule.temperature(self.num_updates))
+        n = self.num_updates
+        stage = max(self.schedule.stage(n), Stage.SPARSIFY)
+        return Clock(stage, self.schedule.temperature(n), self.schedule.warmth(n))
 
     def get_extra_state(self) -> Tensor:
         """Float64 [num_updates, stage, temperature, spawned]: exact under .half(), plain tensor."""

@@ -9,10 +9,16 @@ from fairseq_evomoe.schedule import Stage
 
 @dataclass(frozen=True)
 class Clock:
-    """What a gate needs to know of time."""
+    """What a gate needs to know of time.
+
+    Attributes:
+        stage, temperature: as the schedule has them.
+        warmth: how much of the annealing is still to come: 1 at its start, 0 from its end on.
+    """
 
     stage: Stage
     temperature: float
+    warmth: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from fairseq_evomoe.schedule import Stage
 class DenseToSparseGate(Gate):
     """From every expert to the few that a token needs, by temperature (arXiv 2112.14397).
 
-    p = softmax((z + g) / tau), g ~ Gumbel(0, 1) while training, 0 in evaluation.
+    p = softmax((z + g) / tau), g ~ Gumbel(0, 1) while training, 0 in evaluation. `--dts-noise
+    annealed` shrinks g to 0 together with tau: whatever tau, the argmax of z + g is a draw from
+    softmax(z), so full noise trains every expert on tokens that evaluation will not send it.
 
     - SPARSIFY: active = {e : p_e >= c} and always the argmax, at most `--dts-max-experts`;
       c = `--dts-threshold` / E.
@@ -35,9 +37,10 @@ class DenseToSparseGate(Gate):
             return probs * active, active
 
         noisy = logits
-        if self.training and cfg.dts_noise == "gumbel":
+        if self.training and cfg.dts_noise != "none":
             # -log(Exponential(1)) is Gumbel(0, 1)
-            noisy = logits - torch.empty_like(logits).exponential_().log()
+            noise = -torch.empty_like(logits).exponential_().log()
+            noisy = logits + (noise if cfg.dts_noise == "gumbel" else clock.warmth * noise)
         p = torch.softmax(noisy / clock.temperature, -1)
 
         if clock.stage == Stage.HARD:

@@ -1,0 +1,192 @@
+"""modules/gates: each rule against a loop over tokens and experts, and what training changes."""
+
+import math
+
+import pytest
+import torch
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules.gates import GATES
+from fairseq_evomoe.modules.gates.base import top_k_mask
+from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.schedule import Stage
+
+E, D = 6, 8
+SOFT, HARD = Stage.SPARSIFY, Stage.HARD
+
+
+def gate(name, training=False, **flags):
+    cfg = MoEConfig(moe_freq=1, moe_expert_count=E, moe_gate=name, **flags).check(tuple(GATES))
+    made = GATES[name](D, cfg, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        made.weight.mul_(40)
+    return made.train(training)
+
+
+def softmax(row):
+    top = max(row)
+    powers = [math.exp(v - top) for v in row]
+    return [v / sum(powers) for v in powers]
+
+
+def dts_row(z, noise, tau, stage, *, c, combine="renorm", cap=0, k=1):
+    """The rule of the DTS gate for one token, in plain Python; its E combine weights."""
+    p = softmax([(a + g) / tau for a, g in zip(z, noise, strict=True)])
+    ranked = sorted(range(len(p)), key=lambda e: (-p[e], e))
+    if stage == HARD:
+        chosen = set(ranked[:k])
+    else:
+        chosen = {e for e in range(len(p)) if p[e] >= c} | {ranked[0]}
+        if cap:
+            chosen &= set(ranked[:cap])
+    clean = softmax(z)
+    if combine == "renorm":
+        total = sum(p[e] for e in chosen)
+        return [p[e] / total if e in chosen else 0.0 for e in range(len(p))]
+    values = p if combine == "raw" else clean
+    return [values[e] if e in chosen else 0.0 for e in range(len(p))]
+
+
+@pytest.mark.parametrize("stage", [SOFT, HARD])
+@pytest.mark.parametrize("combine", ["renorm", "raw", "softmax"])
+@pytest.mark.parametrize("cap, k", [(0, 1), (2, 1), (3, 2)])
+def test_dense_to_sparse(stage, combine, cap, k):
+    """Weights equal the rule written out per token, without noise (evaluation)."""
+    made = gate("dts", dts_combine=combine, dts_max_experts=cap, dts_top_k=k)
+    plan = made(torch.randn(20, D), Clock(stage, 0.7))
+    for z, weights, active in zip(plan.logits, plan.weights, plan.active, strict=True):
+        want = dts_row(
+            z.tolist(), [0] * E, 0.7, stage, c=0.2 / E, combine=combine, cap=cap, k=k
+        )
+        assert weights.tolist() == pytest.approx(want, abs=1e-6)
+        assert active.tolist() == [w > 0 for w in want]
+
+
+@pytest.mark.parametrize("stage", [SOFT, HARD])
+@pytest.mark.parametrize("combine", ["raw", "softmax"])
+def test_parity_with_the_official_code(stage, combine):
+    """--dts-parity in training: p >= 0.001 or argmax, no renormalisation, noisy; the same noise."""
+    made = gate("dts", training=True, dts_parity=True, dts_combine=combine)
+    x = torch.randn(30, D)
+    torch.manual_seed(11)
+    plan = made(x, Clock(stage, 0.5))
+    torch.manual_seed(11)
+    noise = -torch.empty(30, E).exponential_().log()
+    for z, g, weights in zip(plan.logits, noise, plan.weights, strict=True):
+        want = dts_row(z.tolist(), g.tolist(), 0.5, stage, c=0.001, combine=combine)
+        assert weights.tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_parity_evaluates_top_1_of_the_clean_softmax():
+    """The official code evaluates with top-1 in every stage; ours does only under the flag."""
+    made = gate("dts", dts_parity=True, dts_combine="raw")
+    plan = made(torch.randn(9, D), Clock(SOFT, 2.0))
+    assert plan.active.sum(1).tolist() == [1] * 9
+    assert torch.allclose(plan.weights.sum(1), plan.probs.max(1).values)
+
+
+def test_noise_is_gumbel_and_only_while_training():
+    """Training draws differ; the chance of each argmax is the clean softmax (Gumbel-max)."""
+    made = gate("dts", training=True, dts_threshold=0.0)
+    x = torch.randn(1, D).expand(20000, D)
+    plan = made(x, Clock(HARD, 0.3))
+    share = plan.active.float().mean(0)
+    assert torch.allclose(share, plan.probs[0], atol=0.015)
+    made.eval()
+    a, b = made(x[:5], Clock(SOFT, 1.0)), made(x[:5], Clock(SOFT, 1.0))
+    assert torch.equal(a.weights, b.weights)
+
+
+def test_annealed_noise_ends_in_silence():
+    """--dts-noise annealed: at warmth 0 training routes as evaluation does."""
+    made = gate("dts", training=True, dts_noise="annealed")
+    x = torch.randn(12, D)
+    cold = made(x, Clock(SOFT, 0.5, warmth=0.0))
+    assert not torch.equal(made(x, Clock(SOFT, 0.5, warmth=1.0)).weights, cold.weights)
+    assert torch.equal(made.eval()(x, Clock(SOFT, 0.5)).weights, cold.weights)
+
+
+def test_active_experts_fall_with_the_temperature():
+    """From all experts at a high temperature to few at a low one, never zero."""
+    made = gate("dts")
+    x = torch.randn(200, D)
+    counts = [made(x, Clock(SOFT, t)).active.sum(1).float() for t in (50.0, 2.0, 0.5, 0.05)]
+    means = [c.mean().item() for c in counts]
+    assert means[0] == E and means == sorted(means, reverse=True) and means[-1] < 1.5
+    assert all(c.min() >= 1 for c in counts)
+
+
+def test_a_lone_expert_weighs_one_and_still_teaches_the_gate():
+    """renorm: top-1 weight is exactly 1 with the gradient of p / const, not a dead constant."""
+    made = gate("dts", training=True, dts_noise="none")
+    plan = made(torch.randn(5, D), Clock(HARD, 1.0))
+    assert torch.equal(plan.weights.sum(1), torch.ones(5))
+    plan.weights.sum().backward()
+    assert made.weight.grad.abs().sum() > 0
+
+
+def test_switch():
+    """Top-1 with weight p."""
+    plan = gate("switch")(torch.randn(15, D), Clock(SOFT, 1.0))
+    for z, weights in zip(plan.logits, plan.weights, strict=True):
+        p = softmax(z.tolist())
+        assert weights.tolist() == pytest.approx(
+            [v if v == max(p) else 0.0 for v in p], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("k", [1, 2, E])
+def test_top_k(k):
+    """The k largest; weights are the softmax over them, except p itself for k = 1."""
+    plan = gate("topk", moe_top_k=k)(torch.randn(15, D), Clock(SOFT, 1.0))
+    for z, weights in zip(plan.logits, plan.weights, strict=True):
+        p = softmax(z.tolist())
+        chosen = sorted(range(E), key=lambda e: -p[e])[:k]
+        total = sum(p[e] for e in chosen) if k > 1 else 1.0
+        want = [p[e] / total if e in chosen else 0.0 for e in range(E)]
+        assert weights.tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_dense():
+    """All experts, weights the softmax."""
+    plan = gate("dense")(torch.randn(4, D), Clock(SOFT, 1.0))
+    assert plan.active.all() and torch.equal(plan.weights, plan.probs)
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_inside_half_precision_outside(name, dtype):
+    """Half-precision states and weights still give float32 probabilities that sum to 1."""
+    made = gate(name, training=True).to(dtype)
+    x = torch.randn(10, D, dtype=dtype)
+    for context in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            plan = made(x, Clock(SOFT, 1.0))
+        assert plan.logits.dtype == plan.weights.dtype == torch.float32
+        assert torch.allclose(plan.probs.sum(1), torch.ones(10), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_a_token_routes_alone(name):
+    """In evaluation a token's plan does not depend on its neighbours or their order."""
+    made = gate(name)
+    x = torch.randn(12, D)
+    together = made(x, Clock(SOFT, 0.6))
+    order = torch.randperm(12)
+    shuffled = made(x[order], Clock(SOFT, 0.6))
+    assert torch.equal(shuffled.active, together.active[order])
+    assert torch.allclose(shuffled.weights, together.weights[order], atol=1e-6)
+    alone = made(x[3:4], Clock(SOFT, 0.6))
+    assert torch.allclose(alone.weights[0], together.weights[3], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_no_tokens(name):
+    """A worker whose batch is all padding routes nothing and does not fail."""
+    plan = gate(name, training=True)(torch.randn(0, D), Clock(SOFT, 1.0))
+    assert plan.weights.shape == plan.active.shape == (0, E)
+
+
+def test_ties_go_to_the_lower_index():
+    """Equal scores are broken the same way on every machine."""
+    assert top_k_mask(torch.zeros(2, 4), 2).tolist() == [[True, True, False, False]] * 2

@@ -2,7 +2,7 @@
 
     python plot_training.py --log run/train.log --out run/evolution.png
 
-Reads what fairseq-train writes with `--log-format json --log-file run/train.log`.
+Reads what fairseq-train prints with `--log-format json`.
 """
 
 import argparse
@@ -20,14 +20,10 @@ LOAD = "moe_load/"
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The JSON lines of training (not validation), numbers as floats, in the order of updates."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("{"):
-            continue
-        row = {k: v for k, v in json.loads(line).items() if v is not None}
-        if "num_updates" in row and "loss" in row:
-            rows.append({k: float(v) for k, v in row.items()})
-    return rows
+    marker = "| train_inner | {"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [json.loads("{" + line.split(marker, 1)[1]) for line in lines if marker in line]
+    return [{k: float(v) for k, v in row.items() if v is not None} for row in found]
 
 
 def main() -> None:

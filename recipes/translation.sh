@@ -25,8 +25,8 @@ train() {
     mkdir -p "$WORK/$name"
     fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
         --share-all-embeddings --required-batch-size-multiple 1 --num-workers 0 \
-        --log-format json --log-file "$WORK/$name/train.log" "$@" >"$WORK/$name/console.log" 2>&1 ||
-        { tail -n 20 "$WORK/$name/console.log" >&2; return 1; }
+        --log-format json "$@" >"$WORK/$name/train.log" 2>&1 ||
+        { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
 }
 
 # translate NAME CHECKPOINT SUBSET SRC TGT [flags]: -> $WORK/NAME/SUBSET.hyp, in the order of the test set

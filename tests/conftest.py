@@ -1,5 +1,7 @@
 """Shared by all tests: one-thread determinism, poisoned memory, a toy corpus, the real commands."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -98,3 +100,46 @@ def train_args(toy, save_dir, *extra):
             *extra,
         )
     ]
+
+
+class _Rows(logging.Handler):
+    """Collects the JSON lines of training, one dictionary an update."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def emit(self, record):
+        if record.name == "train_inner":
+            row = json.loads(record.getMessage())
+            self.rows.append({k: float(v) for k, v in row.items() if v is not None})
+
+
+def train(*args):
+    """The real fairseq-train in this process; what it logged, one dictionary an update."""
+    from fairseq.logging import progress_bar
+    from fairseq_cli.train import cli_main
+
+    collector = _Rows()
+    progress_bar.logger.setLevel(logging.INFO)
+    progress_bar.logger.addHandler(collector)
+    before, sys.argv = sys.argv, ["fairseq-train", *args]
+    try:
+        cli_main()
+    finally:
+        sys.argv = before
+        progress_bar.logger.removeHandler(collector)
+    return collector.rows
+
+
+def build(toy, *extra):
+    """(config, task, model) from the real command line, on the toy corpus."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, train_args(toy, toy / "unused", *extra))
+    cfg = convert_namespace_to_omegaconf(args)
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    return cfg, task, task.build_model(cfg.model)

@@ -77,6 +77,22 @@ class EvolutionMixin:
         # validation and the checkpoint that follow belong to the finished update
         model.set_num_updates(update_num + 1)
 
+    def get_batch_iterator(
+        self, dataset, *, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
+    ):
+        # fairseq seeds batches by the epoch in which it builds them, then reuses them: a run resumed
+        # in epoch 3 would see other batches than one that came there from epoch 1
+        reused = not (disable_iterator_cache or update_epoch_batch_itr)
+        if reused and self.can_reuse_epoch_itr(dataset):
+            epoch = 1
+        return super().get_batch_iterator(
+            dataset,
+            epoch=epoch,
+            disable_iterator_cache=disable_iterator_cache,
+            update_epoch_batch_itr=update_epoch_batch_itr,
+            **kw,
+        )
+
     def evolve(self, model: nn.Module, optimizer: Any, update_num: int) -> None:
         """Split the base expert of each layer whose time has come; otherwise nothing."""
         due = [

@@ -64,6 +64,7 @@ def allow_config_classes_in_checkpoints() -> None:
             omegaconf.base.Metadata,
             omegaconf.nodes.AnyNode,
             typing.Any,
+            distributed_utils._TensorPlaceholder,
             dict,
             list,
             int,

@@ -73,8 +73,11 @@ class TransformerEvoMoEModel(TransformerModel):
                 setattr(args, name, default)
         moe = MoEConfig.from_args(args).check(tuple(GATES))
         cfg = TransformerConfig.from_namespace(args)
-        if moe.freq("encoder") or moe.freq("decoder"):
-            _refuse_unsupported(cfg)
+        if cfg.quant_noise.pq and (moe.freq("encoder") or moe.freq("decoder")):
+            raise ValueError(
+                f"--quant-noise-pq {cfg.quant_noise.pq}: quantises the dense FFN, which an MoE layer "
+                "does not have; leave it out, or set --moe-freq 0"
+            )
         cfg.moe = moe
         # past TransformerModel, whose build_model would make a configuration without `moe`
         return super(TransformerModel, cls).build_model(cfg, task)
@@ -88,16 +91,6 @@ class TransformerEvoMoEModel(TransformerModel):
         return EvoMoEDecoder(
             cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
         )
-
-
-def _refuse_unsupported(cfg: TransformerConfig) -> None:
-    """fairseq options that reach into the dense FFN, which an MoE layer does not have."""
-    for flag, given, why in (
-        ("--quant-noise-pq", cfg.quant_noise.pq, "quantises the dense FFN"),
-        ("--scale-fc", getattr(cfg, "scale_fc", False), "normalises inside the dense FFN"),
-    ):
-        if given:
-            raise ValueError(f"{flag} {given}: {why}; leave it out, or set --moe-freq 0")
 
 
 @register_model_architecture("transformer_evomoe", "transformer_evomoe")

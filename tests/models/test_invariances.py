@@ -1,0 +1,105 @@
+"""What an MoE Transformer must not depend on: the future, neighbours, padding, order, step size."""
+
+import pytest
+import torch
+from conftest import build
+from fairseq.data import data_utils
+
+from fairseq_evomoe.modules.gates import GATES
+from fairseq_evomoe.tasks.evolution import moe_layers
+
+STAGES = {"diversify": 0, "sparsify": 12, "hard": 99}
+CASES = [("dts", stage) for stage in STAGES] + [(g, "sparsify") for g in GATES if g != "dts"]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def setting(request, toy):
+    """(task, model, batch) in evaluation, the gate sharp enough to route tokens differently."""
+    gate, stage = request.param
+    _, task, model = build(
+        toy,
+        *("--moe-gate", gate, "--moe-freq", 1, "--evo-spawn-update", 5),
+        *("--dts-anneal-updates", 20, "--dts-hard-update", 50, "--moe-gate-init-std", 0.5),
+    )
+    for _, layer in moe_layers(model):
+        layer.spawned = stage != "diversify"
+    model.set_num_updates(STAGES[stage])
+    task.load_dataset("valid")
+    return task, model.eval(), task.dataset("valid").collater(
+        [task.dataset("valid")[i] for i in range(5)]
+    )
+
+
+def logits(model, net_input):
+    with torch.no_grad():
+        return model(**net_input)[0]
+
+
+def assert_same(a, b):
+    assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()
+
+
+def test_a_position_never_depends_on_later_ones(setting):
+    """Changing the last target tokens changes nothing before them."""
+    _, model, batch = setting
+    net_input = batch["net_input"]
+    before = logits(model, net_input)
+    other = dict(net_input)
+    other["prev_output_tokens"] = net_input["prev_output_tokens"].clone()
+    other["prev_output_tokens"][:, 4:] = 7
+    after = logits(model, other)
+    assert_same(after[:, :4], before[:, :4])
+    assert not torch.allclose(after[:, 4:], before[:, 4:], atol=1e-3)
+
+
+def test_a_sentence_does_not_depend_on_its_batch(setting):
+    """Alone, without the padding that its neighbours cause, it gets the same output."""
+    task, model, batch = setting
+    together = logits(model, batch["net_input"])
+    dataset = task.dataset("valid")
+    for row, index in enumerate(batch["id"].tolist()):
+        alone = dataset.collater([dataset[index]])
+        length = alone["target"].size(1)
+        assert_same(logits(model, alone["net_input"])[0], together[row, :length])
+
+
+def test_more_padding_changes_nothing(setting):
+    """Ten columns of padding more on the source: the same output."""
+    task, model, batch = setting
+    net_input = dict(batch["net_input"])
+    pad = task.source_dictionary.pad()
+    tokens = net_input["src_tokens"]
+    rows = [row[row.ne(pad)] for row in tokens]
+    net_input["src_tokens"] = data_utils.collate_tokens(
+        rows, pad, left_pad=True, pad_to_length=tokens.size(1) + 10
+    )
+    assert_same(logits(model, net_input), logits(model, batch["net_input"]))
+
+
+def test_order_of_sentences(setting):
+    """Rows permuted in, rows permuted out."""
+    _, model, batch = setting
+    order = torch.tensor([3, 0, 4, 1, 2])
+    net_input = {k: v[order] for k, v in batch["net_input"].items()}
+    assert_same(logits(model, net_input), logits(model, batch["net_input"])[order])
+
+
+def test_incremental_decoding_equals_full_decoding(setting):
+    """One token at a time with cached states gives the logits of the whole sequence."""
+    _, model, batch = setting
+    net_input = batch["net_input"]
+    full = logits(model, net_input)
+    state = {}
+    previous = net_input["prev_output_tokens"]
+    with torch.no_grad():
+        encoded = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        for t in range(previous.size(1)):
+            step = model.decoder(previous[:, : t + 1], encoder_out=encoded, incremental_state=state)
+            real = batch["target"][:, t].ne(1)
+            assert_same(step[0][real, -1], full[real, t])
+
+
+def test_evaluation_is_deterministic(setting):
+    """Two passes agree to the bit: no noise outside training."""
+    _, model, batch = setting
+    assert torch.equal(logits(model, batch["net_input"]), logits(model, batch["net_input"]))

@@ -1,0 +1,61 @@
+"""compat.py: each mend cures its fault, and nothing more than that."""
+
+import argparse
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from fairseq import options
+from fairseq.data import data_utils
+from fairseq.logging import progress_bar
+
+from fairseq_evomoe import compat
+
+
+class Evil:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_checkpoints_may_hold_flags_but_not_code(tmp_path):
+    """fairseq's Namespace loads under torch's default; anything that calls a function does not."""
+    path = tmp_path / "x.pt"
+    torch.save({"args": argparse.Namespace(a=1), "w": torch.ones(2)}, path)
+    assert torch.load(path)["args"].a == 1
+    torch.save({"args": Evil()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 17, 43])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_no_sentence_is_lost(n, multiple):
+    """fairseq's batches cover every index once, whatever the required multiple."""
+    indices = np.arange(n)[::-1].copy()
+    sizes = np.full(n, 5)
+    batches = data_utils.batch_by_size(
+        indices,
+        lambda i: sizes[i],
+        num_tokens_vec=sizes,
+        max_tokens=60,
+        required_batch_size_multiple=multiple,
+    )
+    assert np.concatenate(batches).tolist() == indices.tolist()
+
+
+def test_progress_bar_hides_details_that_json_keeps(caplog):
+    """One number per layer and expert stays out of a line for people, not of one for programs."""
+    stats = {"loss": 1.5, "moe_load/encoder.1/e0": 0.25, "train_moe_load/encoder.1/e0": 0.25}
+    simple = progress_bar.SimpleProgressBar(range(3))
+    assert list(simple._format_stats(stats)) == ["loss"]
+    assert set(progress_bar.JsonProgressBar(range(3))._format_stats(stats)) == set(stats)
+
+
+def test_mending_twice_changes_nothing():
+    """A second import of the plugin (spawned workers, hydra) wraps nothing again."""
+    before = (options.parse_args_and_arch, data_utils.batch_by_size)
+    compat.mend()
+    assert (options.parse_args_and_arch, data_utils.batch_by_size) == before

@@ -1,0 +1,137 @@
+"""The plugin loads from a bare checkout, an editable install and a wheel, from any folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+LOAD = """
+import sys
+from argparse import Namespace
+from fairseq import utils
+utils.import_user_module(Namespace(user_dir=sys.argv[1]))
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
+import fairseq_evomoe.kernels.grouped_ffn as k
+assert "translation_evomoe" in TASK_REGISTRY
+assert "transformer_evomoe_wmt_en_de" in ARCH_MODEL_REGISTRY
+assert "moe_label_smoothed_cross_entropy" in CRITERION_REGISTRY
+print("loaded", k.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what git tracks: what a fresh clone holds."""
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = listed.stdout.split() if listed.returncode == 0 else []
+    if not files:
+        pytest.skip("not a git checkout: nothing says which files belong to the project")
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with this one's packages, but not the plugin; its Python."""
+    home = tmp_path / "env"
+    run(sys.executable, "-m", "venv", "--without-pip", home)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = home / "lib" / version / "site-packages"
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "evomoe" in entry.name or (packages / entry.name).exists():
+            continue
+        if entry.name == "fairseq":  # looks for a user dir beside itself, so it must truly be there
+            shutil.copytree(entry, packages / entry.name)
+        else:
+            (packages / entry.name).symlink_to(entry)
+    return home / "bin" / "python", packages
+
+
+def load(python, user_dir, cwd):
+    out = run(python, "-c", LOAD, user_dir, cwd=cwd)
+    return Path(out.split("loaded ")[-1].strip())
+
+
+def install(python, *what):
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *what)
+
+
+def test_bare_checkout(checkout, environment, tmp_path):
+    """Not installed at all: by relative path in the checkout, by absolute path from elsewhere."""
+    python, _ = environment
+    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/grouped_ffn.py"
+    assert load(python, checkout / "fairseq_evomoe", tmp_path) == checkout / "kernels/grouped_ffn.py"
+
+
+@pytest.mark.parametrize("mode", ["default", "compat", "strict"])
+def test_editable_install(checkout, environment, tmp_path, mode):
+    """pip install -e in each of setuptools' modes."""
+    python, _ = environment
+    copy = tmp_path / "repo"
+    shutil.copytree(checkout, copy)
+    extra = [] if mode == "default" else ["--config-settings", f"editable_mode={mode}"]
+    install(python, "-e", copy, *extra)
+    load(python, "fairseq_evomoe", copy)
+    load(python, copy / "fairseq_evomoe", tmp_path)
+
+
+def test_wheel(checkout, environment, tmp_path):
+    """Installed from a wheel: `--user-dir fairseq_evomoe` works from any folder, and beside a clone."""
+    python, packages = environment
+    copy = tmp_path / "repo"
+    shutil.copytree(checkout, copy)
+    run(
+        *(python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
+        *("-w", tmp_path, copy),
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    install(python, wheel)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    inside = packages / "fairseq_evomoe"
+    assert load(python, "fairseq_evomoe", elsewhere) == inside / "kernels/grouped_ffn.py"
+    assert load(python, inside, elsewhere) == inside / "kernels/grouped_ffn.py"
+    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/grouped_ffn.py"
+    top_level = {p.name for p in packages.iterdir() if not p.is_symlink()}
+    assert "kernels" not in top_level and "criterions" not in top_level
+    names = {p.relative_to(inside).as_posix() for p in inside.rglob("*.py")}
+    sources = {
+        p.relative_to(checkout / "fairseq_evomoe").as_posix()
+        for p in (checkout / "fairseq_evomoe").rglob("*.py")
+    } | {f"{d}/{p.name}" for d in ("kernels", "criterions") for p in (checkout / d).glob("*.py")}
+    assert names == sources, "every module of the checkout is in the wheel"
+
+
+def test_another_package_named_kernels_stays_importable(checkout, environment):
+    """fairseq puts the checkout first on the path; `import kernels` must still find the other one."""
+    python, packages = environment
+    (packages / "kernels").mkdir()
+    (packages / "kernels/__init__.py").write_text("ORIGIN = 'theirs'\n")
+    script = LOAD + "\nimport kernels\nassert sys.path[0] == sys.argv[2]\nassert kernels.ORIGIN\n"
+    run(python, "-c", script, checkout / "fairseq_evomoe", checkout, cwd="/")
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_import_does_no_work(checkout, environment, tmp_path):
+    """Importing the plugin prints nothing of its own, writes nothing and starts no CUDA."""
+    python, _ = environment
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import fairseq_evomoe, torch; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    out = run(python, "-B", "-c", script, checkout, cwd=tmp_path)
+    assert "evomoe" not in out.lower()
+    assert os.listdir(tmp_path) == ["env"]

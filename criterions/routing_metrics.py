@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_evomoe.compat import DETAIL
-from fairseq_evomoe.modules.records import LOSSES, recording
+from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, recording
 from fairseq_evomoe.schedule import Stage
 
 _FLAGS = ("--moe-gate-loss-wt", "--moe-z-loss-wt", "--moe-entropy-loss-wt")
@@ -65,7 +65,7 @@ class RoutingLosses:
         self.average = cfg.moe_gate_loss_combine_method == "average"
 
     def add(
-        self, loss: Tensor, layers: Sequence[nn.Module], *, sample_size: Any, training: bool
+        self, loss: Tensor, layers: Sequence[RecordingLayer], *, sample_size: Any, training: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """The loss to optimise, and what to log of the routing.
 
@@ -177,7 +177,7 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
         return
 
     def total(key: str) -> Tensor:
-        return sum(torch.as_tensor(log[key]).double().cpu() for log in logs)
+        return torch.stack([torch.as_tensor(log[key]).double().cpu() for log in logs]).sum(0)
 
     tokens, load = total("moe_tokens"), total("moe_load")
     if not tokens.sum():

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DETAIL = "moe_load/"
 """Prefix of metrics that are too many for a progress bar; JSON logs and TensorBoard get them."""
 
+_MARK = "_evomoe"
+
 _NOISE = (
     "deprecated keyword in package header",
     "is validated against ConfigStore schema",
@@ -74,7 +76,7 @@ def allow_config_classes_in_checkpoints() -> None:
 
 
 def _wrapped(original: typing.Callable) -> bool:
-    return getattr(original, "_evomoe", False)
+    return getattr(original, _MARK, False)
 
 
 def keep_bf16_off_tpu() -> None:
@@ -91,7 +93,7 @@ def keep_bf16_off_tpu() -> None:
                 namespace.tpu = False
         return parsed
 
-    parse_args_and_arch._evomoe = True
+    setattr(parse_args_and_arch, _MARK, True)
     options.parse_args_and_arch = parse_args_and_arch
 
 
@@ -104,7 +106,9 @@ def start_cpu_workers() -> None:
     @functools.wraps(original)
     def call_main(cfg, main, **kwargs):
         flags = cfg.distributed_training
-        torchrun = all(k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+        torchrun = all(
+            k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+        )
         on_gpu = torch.cuda.is_available() and not cfg.common.cpu
         if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
             return original(cfg, main, **kwargs)
@@ -135,7 +139,7 @@ def start_cpu_workers() -> None:
             join=True,
         )
 
-    call_main._evomoe = True
+    setattr(call_main, _MARK, True)
     distributed_utils.call_main = call_main
 
 
@@ -166,12 +170,12 @@ def keep_last_batch() -> None:
             return batches
         return [*batches, indices[kept:]]
 
-    batch_by_size._evomoe = True
+    setattr(batch_by_size, _MARK, True)
     data_utils.batch_by_size = batch_by_size
 
 
 def shorten_progress_bar() -> None:
-    """A bar shows every metric it is given; one number per layer and expert would drown the rest."""
+    """A bar shows every metric it is given; one per layer and expert would drown the rest."""
     original = progress_bar.BaseProgressBar._format_stats
     if _wrapped(original):
         return
@@ -180,5 +184,5 @@ def shorten_progress_bar() -> None:
     def _format_stats(self, stats):
         return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
 
-    _format_stats._evomoe = True
+    setattr(_format_stats, _MARK, True)
     progress_bar.BaseProgressBar._format_stats = _format_stats

@@ -42,9 +42,9 @@ class MoEConfig(FairseqDataclass):
         "raw (p itself) or softmax (clean softmax of the logits)",
     )
     dts_noise: str = _flag(
-        "gumbel",
-        "dts: noise on the logits while training: gumbel, annealed (gumbel, falling to nothing with "
-        "the temperature) or none",
+        "annealed",
+        "dts: noise on the logits while training: annealed (Gumbel, falling to nothing with the "
+        "temperature), gumbel (at full strength to the end, as in the paper) or none",
     )
     dts_top_k: int = _flag(1, "dts: experts per token in the hard stage")
     dts_parity: bool = _flag(
@@ -109,8 +109,12 @@ class MoEConfig(FairseqDataclass):
             need(getattr(self, flag[2:].replace("-", "_")) >= 0, flag, "must be 0 (none) or more")
         if self.freq("encoder") == 0 and self.freq("decoder") == 0:
             return self
-        need(self.moe_expert_count >= 1, "--moe-expert-count", "give each MoE layer 1 expert or more")
-        need(self.moe_expert_ffn_dim >= 0, "--moe-expert-ffn-dim", "give a width, or 0 for the FFN's")
+        need(
+            self.moe_expert_count >= 1, "--moe-expert-count", "give each MoE layer 1 expert or more"
+        )
+        need(
+            self.moe_expert_ffn_dim >= 0, "--moe-expert-ffn-dim", "give a width, or 0 for the FFN's"
+        )
         need(self.moe_gate in gates, "--moe-gate", f"choose one of {', '.join(gates)}")
         need(
             1 <= self.moe_top_k <= self.moe_expert_count or self.moe_gate != "topk",
@@ -118,7 +122,9 @@ class MoEConfig(FairseqDataclass):
             f"choose 1 to --moe-expert-count {self.moe_expert_count}",
         )
         need(self.moe_gate_init_std >= 0, "--moe-gate-init-std", "must be >= 0")
-        need(0 <= self.threshold < 1, "--dts-threshold", "must be >= 0 and below a probability of 1")
+        need(
+            0 <= self.threshold < 1, "--dts-threshold", "must be >= 0 and below a probability of 1"
+        )
         need(
             0 <= self.dts_max_experts <= self.moe_expert_count,
             "--dts-max-experts",
@@ -149,7 +155,12 @@ class MoEConfig(FairseqDataclass):
             need(
                 self.dts_top_k == 1 and self.dts_max_experts == 0,
                 "--dts-top-k",
-                "--dts-parity ends in top-1 without a cap; leave --dts-top-k 1, --dts-max-experts 0",
+                "--dts-parity ends in top-1, uncapped: leave --dts-top-k 1, --dts-max-experts 0",
+            )
+            need(
+                self.dts_noise == "gumbel",
+                "--dts-noise",
+                "--dts-parity keeps full noise; give --dts-noise gumbel",
             )
         need(
             self.moe_eval_capacity_token_fraction < 0,

@@ -100,12 +100,12 @@ def resolve(
             "--evo-spawn-update and --dts-anneal-updates follow --max-update when they are -1, "
             "but --max-update is not set: set it, or give both flags a number of updates"
         )
-    for name, value in (("--evo-spawn-update", spawn), ("--dts-anneal-updates", anneal)):
-        if value < -1:
-            raise ValueError(f"{name} {value}: give a number of updates >= 0, or -1 for automatic")
-    for name, value in (("--dts-temperature-start", start), ("--dts-temperature-end", end)):
-        if not value > 0 or math.isinf(value):
-            raise ValueError(f"{name} {value}: a softmax temperature must be a number > 0")
+    for flag, updates in (("--evo-spawn-update", spawn), ("--dts-anneal-updates", anneal)):
+        if updates < -1:
+            raise ValueError(f"{flag} {updates}: give a number of updates >= 0, or -1 (automatic)")
+    for flag, warm in (("--dts-temperature-start", start), ("--dts-temperature-end", end)):
+        if not warm > 0 or math.isinf(warm):
+            raise ValueError(f"{flag} {warm}: a softmax temperature must be a number > 0")
     if end > start:
         raise ValueError(
             f"--dts-temperature-end {end} is above --dts-temperature-start {start}: the gate would "

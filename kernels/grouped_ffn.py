@@ -50,7 +50,7 @@ def grouped_ffn(
     pairs = x.size(0) * w1.size(0) if token is None else token.numel()
     if sum(counts) != pairs or weight.numel() != pairs:
         raise ValueError(
-            f"{pairs} pairs, but counts sum to {sum(counts)} and weight has {weight.numel()} entries"
+            f"{pairs} pairs, but counts sum to {sum(counts)} and there are {weight.numel()} weights"
         )
     op = backend.choose(torch=_torch_grouped_ffn, reference=reference.grouped_ffn)
     kwargs = dict(weight=weight, token=token, counts=counts, activation=activation, dropout=dropout)
@@ -103,7 +103,7 @@ class _GroupedFFN(torch.autograd.Function):
             torch.addmm(b2[e], h[s], w2[e].t(), out=out[s])
         y = torch.zeros_like(x)
         if dense:
-            for e, s in _slices(counts):
+            for _, s in _slices(counts):
                 y.addcmul_(out[s], weight[s, None])
         else:
             y.index_add_(0, token, out * weight[:, None])
@@ -121,15 +121,15 @@ class _GroupedFFN(torch.autograd.Function):
         dense, counts = token is None, ctx.counts
         dy = dy.contiguous()
         rows = x if dense else x.index_select(0, token)
-        if dense:
-            dout = dy.repeat(len(counts), 1)
-        else:
-            dout = dy.index_select(0, token)
+        dout = dy.repeat(len(counts), 1) if dense else dy.index_select(0, token)
         dweight = (dout * out).sum(-1) if out is not None else None
         dout *= weight[:, None]
 
         dh = torch.empty_like(h)
-        dw2, db2 = torch.zeros_like(w2) if 0 in counts else torch.empty_like(w2), torch.zeros_like(b2)
+        dw2, db2 = (
+            torch.zeros_like(w2) if 0 in counts else torch.empty_like(w2),
+            torch.zeros_like(b2),
+        )
         for e, s in _slices(counts):
             torch.mm(dout[s], w2[e], out=dh[s])
             torch.mm(dout[s].t(), h[s], out=dw2[e])

@@ -46,7 +46,9 @@ def grouped_ffn(
     for e, n in enumerate(counts):
         if n == 0:
             continue
-        rows = torch.arange(x.size(0), device=x.device) if token is None else token[start : start + n]
+        rows = (
+            torch.arange(x.size(0), device=x.device) if token is None else token[start : start + n]
+        )
         h = activation(x[rows] @ w1[e].t() + b1[e])
         h = torch.nn.functional.dropout(h, dropout, training=dropout > 0)
         out = h @ w2[e].t() + b2[e]

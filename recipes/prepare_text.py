@@ -38,7 +38,7 @@ def read_pairs(prefix: str, source: str, target: str) -> list[tuple[str, str]]:
 def clean(
     pairs: list[tuple[str, str]], tests: list[tuple[str, str]]
 ) -> tuple[list[tuple[str, str]], Counter]:
-    """Drop pairs that are empty, repeated, untranslated or part of a test set; count each reason."""
+    """Drop pairs that are empty, repeated, untranslated or in a test set; count each reason."""
     held_out, seen, kept, dropped = set(tests), set(), [], Counter()
     for pair in pairs:
         if not pair[0] or not pair[1]:
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--target-lang", required=True)
     parser.add_argument("--vocab", type=int, required=True, help="pieces, shared by both languages")
     parser.add_argument("--max-length", type=int, default=250, help="pieces a side, training only")
-    parser.add_argument("--max-ratio", type=float, default=3.0, help="between the sides, training only")
+    parser.add_argument(
+        "--max-ratio", type=float, default=3.0, help="between the sides, training only"
+    )
     parser.add_argument("--train", required=True, help="path without the language suffix")
     parser.add_argument("--valid", required=True)
     parser.add_argument("--test", nargs="+", required=True)

@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--hypothesis", type=Path, required=True)
     parser.add_argument("--train-source", type=Path, help="with --train-target: frequency baseline")
     parser.add_argument("--train-target", type=Path)
-    parser.add_argument("--tags", type=Path, help="JSON list of phenomena per line: exact match each")
+    parser.add_argument(
+        "--tags", type=Path, help="JSON list of phenomena per line: exact match each"
+    )
     parser.add_argument("--show", type=int, default=0, help="print this many translations")
     parser.add_argument("--json", type=Path, help="append the result to this file, a line of JSON")
     args = parser.parse_args()

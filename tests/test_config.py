@@ -28,7 +28,7 @@ def test_reads_namespace_and_dictconfig(make):
 
 def test_threshold_is_relative_unless_parity():
     assert MoEConfig(**GOOD).threshold == pytest.approx(0.2 / 4)
-    parity = MoEConfig(**GOOD, dts_parity=True, dts_combine="raw")
+    parity = MoEConfig(**GOOD, dts_parity=True, dts_combine="raw", dts_noise="gumbel")
     assert parity.check(tuple(GATES)).threshold == 0.001
 
 
@@ -49,6 +49,7 @@ def test_threshold_is_relative_unless_parity():
         (dict(dts_noise="loud"), "--dts-noise"),
         (dict(dts_parity=True), "--dts-combine renorm"),
         (dict(dts_parity=True, dts_combine="raw", dts_top_k=2), "--dts-top-k"),
+        (dict(dts_parity=True, dts_combine="raw"), "--dts-noise annealed"),
         (dict(moe_eval_capacity_token_fraction=0.25), "--moe-eval-capacity-token-fraction"),
         (dict(moe_gate="topk", moe_top1_expert=True), "--moe-top1-expert"),
     ],

@@ -62,7 +62,7 @@ def environment(tmp_path):
 
 def load(python, user_dir, cwd):
     out = run(python, "-c", LOAD, user_dir, cwd=cwd)
-    return Path(out.split("loaded ")[-1].strip())
+    return Path(os.path.normpath(out.split("loaded ")[-1].strip()))
 
 
 def install(python, *what):
@@ -73,7 +73,9 @@ def test_bare_checkout(checkout, environment, tmp_path):
     """Not installed at all: by relative path in the checkout, by absolute path from elsewhere."""
     python, _ = environment
     assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/grouped_ffn.py"
-    assert load(python, checkout / "fairseq_evomoe", tmp_path) == checkout / "kernels/grouped_ffn.py"
+    assert (
+        load(python, checkout / "fairseq_evomoe", tmp_path) == checkout / "kernels/grouped_ffn.py"
+    )
 
 
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])
@@ -89,7 +91,7 @@ def test_editable_install(checkout, environment, tmp_path, mode):
 
 
 def test_wheel(checkout, environment, tmp_path):
-    """Installed from a wheel: `--user-dir fairseq_evomoe` works from any folder, and beside a clone."""
+    """From a wheel, `--user-dir fairseq_evomoe` works in any folder, beside a clone too."""
     python, packages = environment
     copy = tmp_path / "repo"
     shutil.copytree(checkout, copy)
@@ -116,7 +118,7 @@ def test_wheel(checkout, environment, tmp_path):
 
 
 def test_another_package_named_kernels_stays_importable(checkout, environment):
-    """fairseq puts the checkout first on the path; `import kernels` must still find the other one."""
+    """fairseq puts the checkout first on the path; `import kernels` still finds the other one."""
     python, packages = environment
     (packages / "kernels").mkdir()
     (packages / "kernels/__init__.py").write_text("ORIGIN = 'theirs'\n")

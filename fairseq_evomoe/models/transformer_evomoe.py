@@ -75,8 +75,8 @@ class TransformerEvoMoEModel(TransformerModel):
         cfg = TransformerConfig.from_namespace(args)
         if cfg.quant_noise.pq and (moe.freq("encoder") or moe.freq("decoder")):
             raise ValueError(
-                f"--quant-noise-pq {cfg.quant_noise.pq}: quantises the dense FFN, which an MoE layer "
-                "does not have; leave it out, or set --moe-freq 0"
+                f"--quant-noise-pq {cfg.quant_noise.pq}: quantises the dense FFN, which an MoE "
+                "layer does not have; leave it out, or set --moe-freq 0"
             )
         cfg.moe = moe
         # past TransformerModel, whose build_model would make a configuration without `moe`
@@ -88,9 +88,7 @@ class TransformerEvoMoEModel(TransformerModel):
 
     @classmethod
     def build_decoder(cls, cfg, tgt_dict, embed_tokens):
-        return EvoMoEDecoder(
-            cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention
-        )
+        return EvoMoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
 @register_model_architecture("transformer_evomoe", "transformer_evomoe")

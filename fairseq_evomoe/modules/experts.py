@@ -17,7 +17,7 @@ from fairseq_evomoe.modules.plan import RoutingPlan
 DIVERSIFY_MODES = ("mask", "drop", "noise", "copy")
 
 DENSE_FROM = 0.97
-"""Density A / (T E) from which computing every pair in place beats gathering rows (CPU, measured)."""
+"""Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
 
 
 class ExpertBank(nn.Module):
@@ -76,8 +76,9 @@ class ExpertBank(nn.Module):
         rows by expert, at a cost that follows the number of active pairs.
         """
         tokens, experts = plan.active.shape
+        token: Tensor | None
         token, counts = routing.sort_pairs(plan.active)
-        if token.numel() >= DENSE_FROM * tokens * experts:
+        if sum(counts) >= DENSE_FROM * tokens * experts:
             weight, token, counts = plan.weights.t().reshape(-1), None, [tokens] * experts
         else:
             weight = plan.weights.t().masked_select(plan.active.t())

@@ -15,7 +15,7 @@ from fairseq_evomoe.modules import losses
 from fairseq_evomoe.modules.experts import ExpertBank, Split
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan
-from fairseq_evomoe.modules.records import LossPort, RoutingRecord, attach, touch
+from fairseq_evomoe.modules.records import RecordingLayer, RoutingRecord, attach, touch
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
 
 
@@ -41,7 +41,7 @@ class TokenBatch:
         return None if rows.numel() == keep.numel() else rows
 
 
-class EvoMoELayer(nn.Module):
+class EvoMoELayer(RecordingLayer):
     """Gate and experts through the stages of EvoMoE (arXiv 2112.14397).
 
     1. DIVERSIFY: the base expert alone, on every position: a dense layer, to the bit.
@@ -60,8 +60,6 @@ class EvoMoELayer(nn.Module):
         activation, dropout: between the maps.
     """
 
-    keeps_record = True
-
     def __init__(
         self,
         fc1: nn.Linear,
@@ -72,8 +70,8 @@ class EvoMoELayer(nn.Module):
         activation,
         dropout: float,
     ) -> None:
-        super().__init__()
-        self.cfg, self.name = cfg, name
+        super().__init__(name)
+        self.cfg = cfg
         # `initial_seed` is --seed; reading it leaves the global stream as in a dense model
         generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()))
         self.gate = GATES[cfg.moe_gate](fc1.in_features, cfg, generator)
@@ -89,9 +87,6 @@ class EvoMoELayer(nn.Module):
         self.num_updates, self.spawned = 0, True
         self._saved = Clock(Stage.SPARSIFY, 1.0)
         self.tokens: TokenBatch | None = None
-        self.record: RoutingRecord | None = None
-        self.recording = False
-        self.port = LossPort()
 
     def _seed(self, seed: int) -> int:
         return (seed * 1000003 + zlib.crc32(self.name.encode())) % 2**62
@@ -130,7 +125,7 @@ class EvoMoELayer(nn.Module):
         self._saved = Clock(Stage(int(stage)), temperature)
 
     def split(self, mode: str, *, ratio: float, noise: float, seed: int) -> Split:
-        """The decision how the base expert splits here; the caller applies it and sets `spawned`."""
+        """How the base expert splits here; the caller applies it and sets `spawned`."""
         experts, hidden = self.experts.b1.shape
         return Split(
             mode, ratio=ratio, noise=noise, seed=self._seed(seed), experts=experts, hidden=hidden

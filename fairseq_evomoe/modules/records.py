@@ -1,10 +1,10 @@
 """What a layer leaves behind for the criterion, and how routing losses reach the gate.
 
 A criterion cannot simply add the layers' losses to its own: under `--checkpoint-activations` they
-are computed without a graph, and computed again, with one, only during the backward pass. So a loss
-enters the graph where it arises: `attach` ties it to the layer's output, and its gradient is fetched
-from a `LossPort`, a leaf that the criterion's loss runs through and that backward reaches first.
-Loss scaling, gradient accumulation and dummy batches act on it as on everything else.
+are computed without a graph, and again, with one, only during the backward pass. So a loss enters
+the graph where it arises: `attach` ties it to the layer's output, and its gradient is fetched from
+a `LossPort`, a leaf that the criterion's loss runs through and that backward reaches first. Loss
+scaling, gradient accumulation and dummy batches act on it as on everything else.
 """
 
 from collections.abc import Iterator
@@ -54,6 +54,17 @@ class LossPort:
         return self.leaf
 
 
+class RecordingLayer(nn.Module):
+    """A layer that can be asked for a record of its last forward pass; see `recording`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.record: RoutingRecord | None = None
+        self.recording = False
+        self.port = LossPort()
+
+
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, losses, port):
@@ -91,12 +102,12 @@ def touch(y: Tensor, *unused: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[list[nn.Module]]:
+def recording(model: nn.Module) -> Iterator[list[RecordingLayer]]:
     """Within, every MoE layer of `model` keeps the record of its last forward pass.
 
     Yields the layers; each has `.record` and `.port`. Records are dropped on the way out.
     """
-    layers = [m for m in model.modules() if getattr(m, "keeps_record", False)]
+    layers = [m for m in model.modules() if isinstance(m, RecordingLayer)]
     for layer in layers:
         layer.record, layer.recording = None, True
     try:

@@ -19,10 +19,14 @@ from fairseq_evomoe.modules.ffn import build_ffn, identity
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, TokenBatch
 
 
-class _ReplaceFFN:
+class _ReplaceFFN(nn.Module):
     """Mixin: build the layer as fairseq does, then put `build_ffn`'s module in its FFN's place."""
 
     side: str
+    fc1: Any
+    fc2: Any
+    activation_fn: Any
+    activation_dropout_module: Any
 
     def __init__(self, cfg: Any, index: int, *args: Any, **kwargs: Any) -> None:
         self._index = index
@@ -68,9 +72,10 @@ class DecoderLayer(_ReplaceFFN, TransformerDecoderLayerBase):
     side = "decoder"
 
 
-class LayerStack:
+class LayerStack(nn.Module):
     """Mixin for encoders and decoders: numbers the layers, hands token ids to those that route."""
 
+    padding_idx: int
     _built = 0
 
     def next_index(self) -> int:

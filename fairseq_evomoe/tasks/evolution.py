@@ -80,8 +80,8 @@ class EvolutionMixin:
     def get_batch_iterator(
         self, dataset, *, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
     ):
-        # fairseq seeds batches by the epoch in which it builds them, then reuses them: a run resumed
-        # in epoch 3 would see other batches than one that came there from epoch 1
+        # fairseq seeds batches by the epoch in which it builds them, then reuses them: a run
+        # resumed in epoch 3 would see other batches than one that came there from epoch 1
         reused = not (disable_iterator_cache or update_epoch_batch_itr)
         if reused and self.can_reuse_epoch_itr(dataset):
             epoch = 1

@@ -57,7 +57,7 @@ class OptimizerViews:
         return self._view(home.data, offset, parameter)
 
     def moments(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """Every tensor of optimizer state that has one entry a weight (Adam: exp_avg, exp_avg_sq)."""
+        """The optimizer state that has one entry a weight (Adam: exp_avg, exp_avg_sq)."""
         home, offset = self._home.get(parameter, (parameter, None))
         for value in self.inner.state.get(home, {}).values():
             if isinstance(value, Tensor) and value.shape == home.shape:

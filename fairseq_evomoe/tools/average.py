@@ -56,9 +56,7 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     result = load(paths[-1])
     model = result["model"]
     stages = {k: v[1:2].tolist() for k, v in model.items() if k.endswith(_EXTRA)}
-    floating = [
-        k for k, v in model.items() if v.is_floating_point() and not k.endswith(_EXTRA)
-    ]
+    floating = [k for k, v in model.items() if v.is_floating_point() and not k.endswith(_EXTRA)]
     total = {k: torch.zeros_like(model[k], dtype=torch.float32) for k in floating}
     for path in tqdm(paths, unit="checkpoint", disable=None):
         other = load(path)["model"]
@@ -66,7 +64,8 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
             raise ValueError(f"{path} holds other weights than {paths[-1]}: average one run only")
         if {k: other[k][1:2].tolist() for k in stages} != stages:
             raise ValueError(
-                f"{path} is in another stage than {paths[-1]}: average checkpoints of one stage only"
+                f"{path} is in another stage than {paths[-1]}: "
+                "average checkpoints of one stage only"
             )
         for k in floating:
             total[k] += other[k].float()
@@ -92,7 +91,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="evomoe-average", description=__doc__.split("\n\n")[0])
-    parser.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or one folder and --last")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="checkpoints, or one folder and --last"
+    )
     parser.add_argument("--last", type=int, help="the newest N numbered checkpoints of the folder")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)

@@ -331,9 +331,10 @@ class Speaker:
         who = self.subject()
         verb, thing, where = self.predicate()
         when = Phrase(*self.one(TIMES)) if self.chance(0.3) else None
-        tense = tense or self.random.choices(
-            ("present", "past", "modal", "future"), (0.4, 0.2, 0.2, 0.2)
-        )[0]
+        tense = (
+            tense
+            or self.random.choices(("present", "past", "modal", "future"), (0.4, 0.2, 0.2, 0.2))[0]
+        )
         if tense == "present":
             en_verb = verb.en if who.plural else verb.en_third
             finite, tail = verb.plural if who.plural else verb.third, verb.prefix

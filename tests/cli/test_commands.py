@@ -136,7 +136,9 @@ model: {{_name: transformer_evomoe, encoder_layers: 2, decoder_layers: 2, encode
     log = out + "".join(p.read_text() for p in (tmp_path / "hydra").glob("*.log"))
     rows = [json.loads(r) for r in re.findall(r"\[train_inner\]\[INFO\] - (\{.*\})", log)]
     assert rows[-1]["moe_stage"] == "2" and "moe_load/decoder.0/e2" in rows[-1]
-    assert "moe_load/encoder.1/e0" not in rows[-1], "decoder_moe_freq alone leaves the encoder dense"
+    assert "moe_load/encoder.1/e0" not in rows[-1], (
+        "decoder_moe_freq alone leaves the encoder dense"
+    )
     out = run(
         tool("fairseq-generate"),
         toy / "bin",
@@ -149,7 +151,9 @@ model: {{_name: transformer_evomoe, encoder_layers: 2, decoder_layers: 2, encode
 
 def rows_of(out):
     found = re.findall(r"\| train_inner \| (\{.*\})", out)
-    return [{k: v for k, v in json.loads(r).items() if "w" not in k and "up" not in k} for r in found]
+    return [
+        {k: v for k, v in json.loads(r).items() if "w" not in k and "up" not in k} for r in found
+    ]
 
 
 def test_two_workers_train_as_one(toy, tmp_path):
@@ -175,7 +179,7 @@ def test_two_workers_train_as_one(toy, tmp_path):
 
 
 def test_bf16_trains(toy, tmp_path):
-    """--bf16 on the command line trains through the split, masters and all, and does not ask for a TPU."""
+    """--bf16 trains through the split, masters and all, and does not ask for a TPU."""
     out = run(
         tool("fairseq-train"), *train_args(toy, tmp_path, *STAGES, "--max-update", 16, "--bf16")
     )

@@ -111,7 +111,7 @@ def test_gradcheck(dense):
 @pytest.mark.parametrize("activation", [F.relu, F.gelu], ids=["relu", "gelu"])
 @pytest.mark.parametrize("dense", [True, False])
 def test_dropout(dense, activation):
-    """The backward pass uses the mask of the forward pass; the expectation is the undropped output."""
+    """Backward uses the mask of forward; the expectation is the output without dropout."""
     x, w, active, gate = problem(6, 2, 4, 8, 0.8)
     token, counts = (None, [6] * 2) if dense else routing.sort_pairs(active)
     weight = torch.rand(12 if dense else token.numel(), dtype=torch.float64, requires_grad=True)
@@ -173,7 +173,7 @@ def test_same_twice():
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 5), (40, 2)])
 def test_sort_pairs(shape):
-    """The order is a permutation of the active pairs: experts ascending, tokens ascending within."""
+    """A permutation of the active pairs: experts ascending, tokens ascending within."""
     active = torch.rand(shape) < 0.4
     token, counts = routing.sort_pairs(active)
     expert = torch.arange(shape[1]).repeat_interleave(torch.tensor(counts))

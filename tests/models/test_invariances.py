@@ -25,8 +25,10 @@ def setting(request, toy):
         layer.spawned = stage != "diversify"
     model.set_num_updates(STAGES[stage])
     task.load_dataset("valid")
-    return task, model.eval(), task.dataset("valid").collater(
-        [task.dataset("valid")[i] for i in range(5)]
+    return (
+        task,
+        model.eval(),
+        task.dataset("valid").collater([task.dataset("valid")[i] for i in range(5)]),
     )
 
 

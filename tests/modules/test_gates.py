@@ -55,9 +55,7 @@ def test_dense_to_sparse(stage, combine, cap, k):
     made = gate("dts", dts_combine=combine, dts_max_experts=cap, dts_top_k=k)
     plan = made(torch.randn(20, D), Clock(stage, 0.7))
     for z, weights, active in zip(plan.logits, plan.weights, plan.active, strict=True):
-        want = dts_row(
-            z.tolist(), [0] * E, 0.7, stage, c=0.2 / E, combine=combine, cap=cap, k=k
-        )
+        want = dts_row(z.tolist(), [0] * E, 0.7, stage, c=0.2 / E, combine=combine, cap=cap, k=k)
         assert weights.tolist() == pytest.approx(want, abs=1e-6)
         assert active.tolist() == [w > 0 for w in want]
 
@@ -66,7 +64,7 @@ def test_dense_to_sparse(stage, combine, cap, k):
 @pytest.mark.parametrize("combine", ["raw", "softmax"])
 def test_parity_with_the_official_code(stage, combine):
     """--dts-parity in training: p >= 0.001 or argmax, no renormalisation, noisy; the same noise."""
-    made = gate("dts", training=True, dts_parity=True, dts_combine=combine)
+    made = gate("dts", training=True, dts_parity=True, dts_combine=combine, dts_noise="gumbel")
     x = torch.randn(30, D)
     torch.manual_seed(11)
     plan = made(x, Clock(stage, 0.5))
@@ -79,15 +77,15 @@ def test_parity_with_the_official_code(stage, combine):
 
 def test_parity_evaluates_top_1_of_the_clean_softmax():
     """The official code evaluates with top-1 in every stage; ours does only under the flag."""
-    made = gate("dts", dts_parity=True, dts_combine="raw")
+    made = gate("dts", dts_parity=True, dts_combine="raw", dts_noise="gumbel")
     plan = made(torch.randn(9, D), Clock(SOFT, 2.0))
     assert plan.active.sum(1).tolist() == [1] * 9
     assert torch.allclose(plan.weights.sum(1), plan.probs.max(1).values)
 
 
-def test_noise_is_gumbel_and_only_while_training():
+def test_full_noise_is_gumbel_and_only_while_training():
     """Training draws differ; the chance of each argmax is the clean softmax (Gumbel-max)."""
-    made = gate("dts", training=True, dts_threshold=0.0)
+    made = gate("dts", training=True, dts_threshold=0.0, dts_noise="gumbel")
     x = torch.randn(1, D).expand(20000, D)
     plan = made(x, Clock(HARD, 0.3))
     share = plan.active.float().mean(0)
@@ -130,9 +128,7 @@ def test_switch():
     plan = gate("switch")(torch.randn(15, D), Clock(SOFT, 1.0))
     for z, weights in zip(plan.logits, plan.weights, strict=True):
         p = softmax(z.tolist())
-        assert weights.tolist() == pytest.approx(
-            [v if v == max(p) else 0.0 for v in p], abs=1e-6
-        )
+        assert weights.tolist() == pytest.approx([v if v == max(p) else 0.0 for v in p], abs=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2, E])

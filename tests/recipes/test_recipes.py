@@ -38,7 +38,9 @@ def test_held_out_combinations_occur_in_test_comp_alone(corpus):
 
 def test_corpus_is_reproducible():
     """Same seed, same text; another seed, another."""
-    make = lambda seed: [p.en for p in grammar.corpus(train=50, valid=5, test=5, seed=seed)["train"]]
+    make = lambda seed: [
+        p.en for p in grammar.corpus(train=50, valid=5, test=5, seed=seed)["train"]
+    ]
     assert make(1) == make(1) != make(2)
 
 
@@ -121,7 +123,9 @@ def test_score_refuses_lost_sentences(tmp_path):
 
 def test_frequency_baseline():
     """Each word becomes the target word that goes with it most exclusively."""
-    table = score.frequency_table(["the dog", "the cat", "a dog"], ["der Hund", "der Kater", "ein Hund"])
+    table = score.frequency_table(
+        ["the dog", "the cat", "a dog"], ["der Hund", "der Kater", "ein Hund"]
+    )
     assert score.word_by_word(["the dog runs"], table) == ["der Hund runs"]
 
 
@@ -129,7 +133,10 @@ def recipe(name, *args, cwd=ROOT):
     """Run a recipe in this environment: set-up sees it as up to date."""
     home = sys.prefix
     wanted = subprocess.run(
-        ["bash", "-c", "cat setup.py constraints.txt | cksum"], cwd=ROOT, capture_output=True, text=True
+        ["bash", "-c", "cat setup.py constraints.txt | cksum"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     stamp = f"{home}/.evomoe-plots"
     with open(stamp, "w") as f:

@@ -109,10 +109,12 @@ def test_copy_split_leaves_the_output_unchanged(toy):
 
 
 def test_diversify_equals_the_dense_model(toy, tmp_path):
-    """Until the split, losses and gradient norms are the dense model's to the last printed digit."""
+    """Until the split, losses and gradient norms are the dense model's to the last digit."""
     common = ("--max-update", 8, "--dropout", 0.1, "--dts-anneal-updates", 5)
     evolving = train(*train_args(toy, tmp_path / "a", *common, "--evo-spawn-update", 7))
-    dense = train(*train_args(toy, tmp_path / "b", *common, "--moe-freq", 0, "--evo-spawn-update", 7))
+    dense = train(
+        *train_args(toy, tmp_path / "b", *common, "--moe-freq", 0, "--evo-spawn-update", 7)
+    )
     keys = ("loss", "nll_loss", "gnorm")
     assert len(dense) == 8
     for a, b in zip(evolving[:7], dense[:7], strict=True):

@@ -1,0 +1,171 @@
+"""Time of the MoE layer against the least it could take.
+
+    python benchmarks/moe_layer.py --threads 2 --csv benchmarks/results/moe_layer.csv
+
+Sparse stage: the whole layer (gate, plan, experts, combine) against a dense FFN of the same active
+FLOPs. Dense stage: against the two GEMMs of a dense FFN with E times the hidden width. Both ways
+take turns in every round, and the median of the rounds' ratios is reported, with the 20th and 80th
+percentile: single times on a shared machine mean little. FLOPs per round are 2 T D F k per GEMM.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fairseq_evomoe.config import MoEConfig  # noqa: E402
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer  # noqa: E402
+from fairseq_evomoe.modules.plan import RoutingPlan  # noqa: E402
+from fairseq_evomoe.schedule import EvolutionSchedule  # noqa: E402
+
+FIELDS = (
+    "benchmark case mode ratio_p50 ratio_p20 ratio_p80 ms ms_floor gflops_floor tokens width hidden "
+    "experts threads dtype device torch date"
+).split()
+
+
+def dense_ffn(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+
+def moe_layer(width: int, hidden: int, experts: int, gate: str, top_k: int) -> EvoMoELayer:
+    cfg = MoEConfig(moe_freq=1, moe_expert_count=experts, moe_gate=gate, moe_top_k=top_k)
+    layer = EvoMoELayer(
+        *(nn.Linear(width, hidden), nn.Linear(hidden, width)),
+        cfg=cfg,
+        name="encoder.0",
+        activation=F.relu,
+        dropout=0.0,
+    )
+    layer.follow(EvolutionSchedule())
+    # a trained gate spreads tokens evenly; so does a random one of this scale
+    nn.init.normal_(layer.gate.weight)
+    return layer.train()
+
+
+class Routed(nn.Module):
+    """The experts alone, under a fixed random plan of a given density."""
+
+    def __init__(self, layer: EvoMoELayer, tokens: int, density: float) -> None:
+        super().__init__()
+        self.bank = layer.experts
+        experts = layer.cfg.moe_expert_count
+        pairs = round(density * tokens * experts)
+        active = torch.zeros(tokens * experts, dtype=torch.bool)
+        active[torch.randperm(tokens * experts)[:pairs]] = True
+        active = active.view(tokens, experts)
+        weights = torch.rand(tokens, experts) * active
+        self.plan = RoutingPlan(weights, active, weights, weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bank(x.flatten(0, 1), self.plan)
+
+
+def step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
+    direction = torch.randn(x.shape[0] * x.shape[1], x.shape[2])
+
+    def run() -> None:
+        if not backward:
+            with torch.no_grad():
+                module(x)
+            return
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        y = module(x)
+        y.backward(direction.view_as(y))
+
+    return run
+
+
+def compare(ours: Callable, floor: Callable, rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {"ours": [], "floor": []}
+    for function in (ours, floor):
+        function()
+    for turn in range(rounds):
+        # the order alternates, so that neither always finds the other's data in the cache
+        order = (("ours", ours), ("floor", floor))
+        for name, function in order if turn % 2 else reversed(order):
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    ratios = sorted(a / b for a, b in zip(times["ours"], times["floor"], strict=True))
+    at = lambda q: ratios[min(len(ratios) - 1, round(q * (len(ratios) - 1)))]
+    return {
+        "ratio_p50": statistics.median(ratios),
+        "ratio_p20": at(0.2),
+        "ratio_p80": at(0.8),
+        "ms": 1e3 * statistics.median(times["ours"]),
+        "ms_floor": 1e3 * statistics.median(times["floor"]),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(": ")[1] for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--csv", type=Path, help="append rows to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    T, D, H, E = args.tokens, args.width, args.hidden, args.experts
+    x = torch.randn(T // 32, 32, D, requires_grad=True)
+
+    cases: list[tuple[str, nn.Module, nn.Module, int]] = []
+    for k in (1, 2):
+        gate = "switch" if k == 1 else "topk"
+        cases.append((f"sparse top-{k}", moe_layer(D, H, E, gate, k), dense_ffn(D, k * H), k))
+    cases.append(("dense stage", moe_layer(D, H, E, "dense", 1), dense_ffn(D, E * H), E))
+    for density in (0.25, 0.5, 0.75, 0.9):
+        routed = Routed(moe_layer(D, H, E, "dense", 1), T, density)
+        cases.append((f"density {density}", routed, dense_ffn(D, E * H), E))
+
+    rows = []
+    for name, ours, floor, k in cases:
+        for mode, backward in (("forward", False), ("forward+backward", True)):
+            result = compare(step(ours, x, backward), step(floor, x, backward), args.rounds)
+            flops = 2 * 2 * T * D * H * k * (3 if backward else 1)
+            row = {
+                **{"benchmark": "moe_layer", "case": name, "mode": mode},
+                **{k_: round(v, 3) for k_, v in result.items()},
+                "gflops_floor": round(flops / result["ms_floor"] / 1e6, 1),
+                **{"tokens": T, "width": D, "hidden": H, "experts": E},
+                **{"threads": args.threads, "dtype": "float32", "device": cpu_name()},
+                **{"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")},
+            }
+            rows.append(row)
+            print(json.dumps({k_: row[k_] for k_ in FIELDS[1:9]}), flush=True)
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,7 +48,7 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["build", "mypy", "pre-commit", "pytest", "ruff"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff"],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
     },

@@ -30,8 +30,8 @@ from fairseq_evomoe.modules.plan import RoutingPlan  # noqa: E402
 from fairseq_evomoe.schedule import EvolutionSchedule  # noqa: E402
 
 FIELDS = (
-    "benchmark case mode ratio_p50 ratio_p20 ratio_p80 ms ms_floor gflops_floor tokens width hidden "
-    "experts threads dtype device torch date"
+    "benchmark case mode ratio_p50 ratio_p20 ratio_p80 ms ms_floor gflops_floor tokens width "
+    "hidden experts threads dtype device torch date"
 ).split()
 
 

@@ -22,7 +22,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     package_dir={
         "fairseq_evomoe.kernels": "kernels",
         "fairseq_evomoe.criterions": "criterions",

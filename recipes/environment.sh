@@ -2,7 +2,7 @@
 #   extras=plots; . recipes/environment.sh
 # Afterwards $VENV/bin is on the PATH. EVOMOE_VENV chooses another place, PYTHON another interpreter.
 #
-# fairseq has no wheel for Python 3.10 and 3.11, so it is compiled. torch and the build tools go in
+# fairseq has no wheel for Python 3.11, so it is compiled. torch and the build tools go in
 # first and build isolation is off: an isolated build would download torch a second time.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,8 +12,8 @@ PYTHON=${PYTHON:-python3}
 _fail() { echo "set-up: $*" >&2; exit 1; }
 
 _install() {
-    "$PYTHON" -c 'import sys, venv; assert (3, 10) <= sys.version_info < (3, 13)' 2>/dev/null ||
-        _fail "needs Python 3.10 to 3.12 with venv; set PYTHON to one (Debian: apt-get install python3-venv)"
+    "$PYTHON" -c 'import sys, venv; assert (3, 11) <= sys.version_info < (3, 13)' 2>/dev/null ||
+        _fail "needs Python 3.11 or 3.12 with venv; set PYTHON to one (Debian: apt-get install python3-venv)"
     for tool in gcc g++; do
         command -v $tool >/dev/null || _fail "needs $tool to compile fairseq (Debian: apt-get install g++)"
     done

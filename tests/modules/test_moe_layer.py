@@ -171,6 +171,24 @@ def test_loss_scaling_and_dummy_batches_act_on_routing_losses(through_checkpoint
     assert dw0.abs().sum() == 0 and dx0.abs().sum() == 0
 
 
+def test_balance_over_all_workers(monkeypatch):
+    """--moe-balance-all-ranks: the shares f_e are those of all workers' pairs together."""
+    others = torch.tensor([100.0, 0.0, 0.0, 3.0])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(others))
+    x = torch.randn(L, B, D)
+    values = {}
+    for all_ranks in (True, False):
+        made = layer(n=6, spawned=True, moe_balance_all_ranks=all_ranks, dts_noise="none").train()
+        with recording(made):
+            made(x)
+            values[all_ranks], load = made.record.losses[0], made.record.load
+        plan = made.gate(x.view(-1, D), made.clock)
+        want = losses.balance_loss(plan.probs, load + others * all_ranks)
+        assert torch.allclose(values[all_ranks], want)
+    assert not torch.allclose(values[True], values[False])
+
+
 def test_record_counts():
     """The record holds the plan's load and the gate's entropy, and is dropped afterwards."""
     made = layer(n=6, spawned=True).eval()

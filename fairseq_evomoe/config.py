@@ -199,3 +199,4 @@ class EvolutionConfig(FairseqDataclass):
     )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
+    ddp_backend: str = II("distributed_training.ddp_backend")

@@ -21,6 +21,11 @@ def check_flags(cfg: EvolutionConfig) -> EvolutionSchedule:
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
     """
+    if cfg.ddp_backend == "fully_sharded":
+        raise ValueError(
+            "--ddp-backend fully_sharded: experts cannot split while each worker holds a shard of "
+            "them; use legacy_ddp or pytorch_ddp"
+        )
     if cfg.evo_diversify not in DIVERSIFY_MODES:
         raise ValueError(
             f"--evo-diversify {cfg.evo_diversify!r}: choose one of {', '.join(DIVERSIFY_MODES)}"
@@ -57,11 +62,12 @@ class EvolutionMixin:
     cfg: Any
 
     def build_model(self, cfg, from_checkpoint: bool = False):
-        # checked first: building a large model takes long; inference reads stages from the file
-        schedule = None if from_checkpoint else check_flags(self.cfg)
         model = super().build_model(cfg, from_checkpoint)
-        if schedule is not None:
-            for _, layer in moe_layers(model):
+        layers = moe_layers(model)
+        # inference reads the stage from the checkpoint, a dense model has none
+        if layers and not from_checkpoint:
+            schedule = check_flags(self.cfg)
+            for _, layer in layers:
                 layer.follow(schedule)
             logger.info("evolution: %s", schedule)
         return model

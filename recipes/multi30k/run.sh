@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 case $model in
-    dense) flags=(--moe-freq 0 --evo-spawn-update 0) ;;
+    dense) flags=(--moe-freq 0) ;;
     evomoe) flags=(--moe-freq 2 --moe-expert-count 4) ;;
     *) echo "--model $model: choose dense or evomoe" >&2; exit 2 ;;
 esac

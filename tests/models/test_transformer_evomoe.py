@@ -68,13 +68,20 @@ def test_expert_width_and_one_sided_frequency(toy):
         (("--evo-diversify", "magic"), "--evo-diversify"),
         (("--evo-diversify-ratio", 1.5), "--evo-diversify-ratio"),
         (("--dts-temperature-end", 5), "--dts-temperature-end"),
+        (("--ddp-backend", "fully_sharded"), "--ddp-backend fully_sharded"),
     ],
     ids=str,
 )
-def test_refused_before_anything_is_built(toy, flags, message):
+def test_refused_before_training(toy, flags, message):
     """An impossible flag stops the run with its name, before training starts."""
     with pytest.raises(ValueError, match=message):
         build(toy, *flags)
+
+
+def test_a_dense_model_needs_no_schedule(toy):
+    """--moe-freq 0 without --max-update: nothing to schedule, nothing to refuse."""
+    _, _, model = build(toy, "--moe-freq", 0, "--max-update", 0)
+    assert moe_layers(model) == []
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint-activations", "--encoder-layerdrop"])

@@ -35,7 +35,9 @@ def main() -> None:
     if not rows:
         sys.exit(f"{args.log}: no training lines of an MoE model; is --log-format json set?")
     updates = [r["num_updates"] for r in rows]
-    layers = sorted({k.split("/")[1] for r in rows for k in r if k.startswith(LOAD)})
+    found = {k.split("/")[1] for r in rows for k in r if k.startswith(LOAD)}
+    # the encoder first, layers by number
+    layers = sorted(found, key=lambda n: (n.startswith("decoder"), int(n.split(".")[1])))
 
     figure, axes = plt.subplots(
         2 + len(layers), 1, sharex=True, figsize=(8, 4.2 + 1.1 * len(layers)), layout="constrained"

@@ -3,11 +3,11 @@
 #
 #   bash recipes/multi30k/run.sh --model evomoe            downloads the data
 #   bash recipes/multi30k/run.sh --model dense --data DIR  DIR/{train,valid,test2016,test2017}.{en,de}
-#   options: --updates N (1200)  --seed N (1)  --out DIR (work/multi30k)  -- further fairseq-train flags
+#   options: --updates N (1000)  --seed N (1)  --out DIR (work/multi30k)  -- further fairseq-train flags
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-data= model=evomoe updates=1200 seed=1 WORK=$PWD/work/multi30k
+data= model=evomoe updates=1000 seed=1 WORK=$PWD/work/multi30k
 while [ $# -gt 0 ]; do
     case $1 in
         --data) data=$2 ;; --model) model=$2 ;; --updates) updates=$2 ;; --seed) seed=$2 ;;

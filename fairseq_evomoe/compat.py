@@ -75,72 +75,76 @@ def allow_config_classes_in_checkpoints() -> None:
     )
 
 
-def _wrapped(original: typing.Callable) -> bool:
-    return getattr(original, _MARK, False)
+def _wrap(owner: typing.Any, name: str, make: typing.Callable) -> None:
+    """Put make(original) in the place of `owner.name`, unless that has been done before."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)
 
 
 def keep_bf16_off_tpu() -> None:
     """`--bf16` sets `--tpu`, and without torch_xla every run then dies on `xla_device`."""
-    original = options.parse_args_and_arch
-    if _wrapped(original) or importlib.util.find_spec("torch_xla") is not None:
+    if importlib.util.find_spec("torch_xla") is not None:
         return
 
-    @functools.wraps(original)
-    def parse_args_and_arch(*args, **kwargs):
-        parsed = original(*args, **kwargs)
-        for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
-            if getattr(namespace, "bf16", False) and isinstance(namespace, argparse.Namespace):
-                namespace.tpu = False
-        return parsed
+    def make(original):
+        def parse_args_and_arch(*args, **kwargs):
+            parsed = original(*args, **kwargs)
+            for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
+                if getattr(namespace, "bf16", False) and isinstance(namespace, argparse.Namespace):
+                    namespace.tpu = False
+            return parsed
 
-    setattr(parse_args_and_arch, _MARK, True)
-    options.parse_args_and_arch = parse_args_and_arch
+        return parse_args_and_arch
+
+    _wrap(options, "parse_args_and_arch", make)
 
 
 def start_cpu_workers() -> None:
     """fairseq starts one worker a GPU: with `--cpu` none, and a run may train nothing, exit 0."""
-    original = distributed_utils.call_main
-    if _wrapped(original):
-        return
 
-    @functools.wraps(original)
-    def call_main(cfg, main, **kwargs):
-        flags = cfg.distributed_training
-        torchrun = all(
-            k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-        )
-        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
-        if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
-            return original(cfg, main, **kwargs)
+    def make(original):
+        def call_main(cfg, main, **kwargs):
+            flags = cfg.distributed_training
+            torchrun = all(
+                k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+            )
+            on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+            if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
+                return original(cfg, main, **kwargs)
 
-        if flags.distributed_backend == "nccl":
-            flags.distributed_backend = "gloo"
-        if flags.ddp_backend in ("c10d", "pytorch_ddp"):
-            logger.info("CPU workers: --ddp-backend %s -> legacy_ddp", flags.ddp_backend)
-            flags.ddp_backend = "legacy_ddp"
-        if torchrun:
-            flags.distributed_init_method = "env://"
-            flags.distributed_world_size = int(os.environ["WORLD_SIZE"])
-            flags.distributed_rank = int(os.environ["RANK"])
-            flags.distributed_no_spawn = True
-            return distributed_utils.distributed_main(0, main, cfg, kwargs)
-        if flags.distributed_no_spawn:
-            return original(cfg, main, **kwargs)
-        if flags.distributed_init_method is None:
-            port = flags.distributed_port if flags.distributed_port > 0 else _free_port()
-            flags.distributed_init_method = f"tcp://localhost:{port}"
-        flags.distributed_num_procs = flags.distributed_world_size
-        flags.distributed_rank = None
-        kwargs["start_rank"] = 0
-        torch.multiprocessing.spawn(
-            distributed_utils.distributed_main,
-            args=(main, cfg, kwargs),
-            nprocs=flags.distributed_world_size,
-            join=True,
-        )
+            if flags.distributed_backend == "nccl":
+                flags.distributed_backend = "gloo"
+            if flags.ddp_backend in ("c10d", "pytorch_ddp"):
+                logger.info("CPU workers: --ddp-backend %s -> legacy_ddp", flags.ddp_backend)
+                flags.ddp_backend = "legacy_ddp"
+            if torchrun:
+                flags.distributed_init_method = "env://"
+                flags.distributed_world_size = int(os.environ["WORLD_SIZE"])
+                flags.distributed_rank = int(os.environ["RANK"])
+                flags.distributed_no_spawn = True
+                return distributed_utils.distributed_main(0, main, cfg, kwargs)
+            if flags.distributed_no_spawn:
+                return original(cfg, main, **kwargs)
+            if flags.distributed_init_method is None:
+                port = flags.distributed_port if flags.distributed_port > 0 else _free_port()
+                flags.distributed_init_method = f"tcp://localhost:{port}"
+            flags.distributed_num_procs = flags.distributed_world_size
+            flags.distributed_rank = None
+            kwargs["start_rank"] = 0
+            torch.multiprocessing.spawn(
+                distributed_utils.distributed_main,
+                args=(main, cfg, kwargs),
+                nprocs=flags.distributed_world_size,
+                join=True,
+            )
 
-    setattr(call_main, _MARK, True)
-    distributed_utils.call_main = call_main
+        return call_main
+
+    _wrap(distributed_utils, "call_main", make)
 
 
 def _free_port() -> int:
@@ -155,34 +159,30 @@ def keep_last_batch() -> None:
     Training, validation and fairseq-generate lose the last n mod 8 sentences, the longest. They
     come back as one batch more.
     """
-    original = data_utils.batch_by_size
-    if _wrapped(original):
-        return
 
-    @functools.wraps(original)
-    def batch_by_size(indices, *args, **kwargs):
-        if not isinstance(indices, np.ndarray):
-            indices = np.fromiter(indices, dtype=np.int64, count=-1)
-        batches = original(indices, *args, **kwargs)
-        fixed_shapes = kwargs.get("fixed_shapes") is not None or len(args) > 5
-        kept = sum(len(b) for b in batches)
-        if fixed_shapes or kept == len(indices):
-            return batches
-        return [*batches, indices[kept:]]
+    def make(original):
+        def batch_by_size(indices, *args, **kwargs):
+            if not isinstance(indices, np.ndarray):
+                indices = np.fromiter(indices, dtype=np.int64, count=-1)
+            batches = original(indices, *args, **kwargs)
+            fixed_shapes = kwargs.get("fixed_shapes") is not None or len(args) > 5
+            kept = sum(len(b) for b in batches)
+            if fixed_shapes or kept == len(indices):
+                return batches
+            return [*batches, indices[kept:]]
 
-    setattr(batch_by_size, _MARK, True)
-    data_utils.batch_by_size = batch_by_size
+        return batch_by_size
+
+    _wrap(data_utils, "batch_by_size", make)
 
 
 def shorten_progress_bar() -> None:
     """A bar shows every metric it is given; one per layer and expert would drown the rest."""
-    original = progress_bar.BaseProgressBar._format_stats
-    if _wrapped(original):
-        return
 
-    @functools.wraps(original)
-    def _format_stats(self, stats):
-        return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
+    def make(original):
+        def _format_stats(self, stats):
+            return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
 
-    setattr(_format_stats, _MARK, True)
-    progress_bar.BaseProgressBar._format_stats = _format_stats
+        return _format_stats
+
+    _wrap(progress_bar.BaseProgressBar, "_format_stats", make)

@@ -126,17 +126,16 @@ class _GroupedFFN(torch.autograd.Function):
         dout *= weight[:, None]
 
         dh = torch.empty_like(h)
-        dw2, db2 = (
-            torch.zeros_like(w2) if 0 in counts else torch.empty_like(w2),
-            torch.zeros_like(b2),
-        )
+        # an expert without rows gets no product written, so its gradient must start as 0
+        blank = torch.zeros_like if 0 in counts else torch.empty_like
+        dw2, db2 = blank(w2), torch.zeros_like(b2)
         for e, s in _slices(counts):
             torch.mm(dout[s], w2[e], out=dh[s])
             torch.mm(dout[s].t(), h[s], out=dw2[e])
             torch.sum(dout[s], 0, out=db2[e])
         dh = _activation_backward(dh, h, pre, kept, ctx.activation, ctx.dropout)
 
-        dw1 = torch.zeros_like(w1) if 0 in counts else torch.empty_like(w1)
+        dw1 = blank(w1)
         db1 = w1.new_zeros(w1.shape[:2])
         needs_dx = ctx.needs_input_grad[0]
         dx = torch.zeros_like(x) if needs_dx else None

@@ -143,3 +143,10 @@ def build(toy, *extra):
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     return cfg, task, task.build_model(cfg.model)
+
+
+def valid_batch(task, rows=6):
+    """The first sentences of the toy corpus's valid set, as one batch."""
+    task.load_dataset("valid")
+    data = task.dataset("valid")
+    return data.collater([data[i] for i in range(rows)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, train, train_args
+from conftest import build, train, train_args, valid_batch
 from fairseq.logging import metrics
 
 from fairseq_evomoe.criterions.routing_metrics import (
@@ -18,11 +18,9 @@ KEYS = {
 }
 
 
-def batch_of(toy, *extra, rows=range(6)):
+def batch_of(toy, *extra):
     cfg, task, model = build(toy, "--evo-spawn-update", 0, *extra)
-    task.load_dataset("valid")
-    data = task.dataset("valid")
-    return task.build_criterion(cfg.criterion), model, data.collater([data[i] for i in rows])
+    return task.build_criterion(cfg.criterion), model, valid_batch(task)
 
 
 @pytest.mark.parametrize("method", ["sum", "average"])
@@ -44,14 +42,12 @@ def test_training_adds_weighted_losses_and_validation_does_not(toy, method):
 @pytest.mark.parametrize("name", ["moe_label_smoothed_cross_entropy", "moe_cross_entropy"])
 def test_both_criterions_train(toy, tmp_path, name):
     """Each runs under fairseq-train and logs every routing metric."""
-    smoothing = () if "smoothed" in name else ("--label-smoothing", 0)
     args = train_args(toy, tmp_path, "--max-update", 4, "--evo-spawn-update", 1)
     args[args.index("--criterion") + 1] = name
-    if not smoothing:
-        rows = train(*args)
-    else:
+    if "smoothed" not in name:
         at = args.index("--label-smoothing")
-        rows = train(*(args[:at] + args[at + 2 :]))
+        del args[at : at + 2]
+    rows = train(*args)
     assert set(rows[-1]) >= KEYS
     assert {k for k in rows[-1] if k.startswith("moe_load/")} == {
         f"moe_load/{side}.1/e{e}" for side in ("encoder", "decoder") for e in range(4)

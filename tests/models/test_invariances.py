@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, valid_batch
 from fairseq.data import data_utils
 
 from fairseq_evomoe.modules.gates import GATES
@@ -24,12 +24,7 @@ def setting(request, toy):
     for _, layer in moe_layers(model):
         layer.spawned = stage != "diversify"
     model.set_num_updates(STAGES[stage])
-    task.load_dataset("valid")
-    return (
-        task,
-        model.eval(),
-        task.dataset("valid").collater([task.dataset("valid")[i] for i in range(5)]),
-    )
+    return task, model.eval(), valid_batch(task, rows=5)
 
 
 def logits(model, net_input):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, valid_batch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from fairseq_evomoe.tasks.evolution import moe_layers
@@ -89,8 +89,7 @@ def test_gradients_reach_every_parameter(toy, flag):
     """Through checkpointed and dropped layers a loss with routing losses trains the whole model."""
     extra = (flag,) if flag == "--checkpoint-activations" else (flag, 0.3)
     cfg, task, model = build(toy, *extra, "--evo-spawn-update", 0)
-    task.load_dataset("valid")
-    batch = task.dataset("valid").collater([task.dataset("valid")[i] for i in range(6)])
+    batch = valid_batch(task)
     criterion = task.build_criterion(cfg.criterion)
     model.train()
     loss, sample_size, log = criterion(model, batch)
@@ -110,8 +109,7 @@ def test_checkpointed_activations_change_no_gradient(toy):
         cfg, task, model = build(
             toy, *extra, "--evo-spawn-update", 0, "--moe-gate-loss-wt", 0.5, "--dropout", 0.1
         )
-        task.load_dataset("valid")
-        batch = task.dataset("valid").collater([task.dataset("valid")[i] for i in range(6)])
+        batch = valid_batch(task)
         criterion = task.build_criterion(cfg.criterion)
         model.train()
         torch.manual_seed(5)

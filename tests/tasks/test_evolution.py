@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, train, train_args
+from conftest import build, train, train_args, valid_batch
 from fairseq import optim
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from fairseq.trainer import Trainer
@@ -92,8 +92,7 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
 def test_copy_split_leaves_the_output_unchanged(toy):
     """With identical copies and weights that sum to 1, the model computes what it computed."""
     _, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify", "copy")
-    task.load_dataset("valid")
-    batch = task.dataset("valid").collater([task.dataset("valid")[i] for i in range(6)])
+    batch = valid_batch(task)
     model.eval()
     before = model(**batch["net_input"])[0]
     optimizer = optim.build_optimizer(
@@ -127,8 +126,7 @@ def test_diversify_loss_equals_the_dense_loss_to_the_bit(toy):
     losses = []
     for extra in (("--evo-spawn-update", 20), ("--evo-spawn-update", 20, "--moe-freq", 0)):
         cfg, task, model = build(toy, "--dropout", 0.2, *extra)
-        task.load_dataset("valid")
-        batch = task.dataset("valid").collater([task.dataset("valid")[i] for i in range(6)])
+        batch = valid_batch(task)
         criterion = task.build_criterion(cfg.criterion)
         model.train()
         torch.manual_seed(3)

@@ -16,7 +16,12 @@ from fairseq_evomoe.compat import DETAIL
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, recording
 from fairseq_evomoe.schedule import Stage
 
-_FLAGS = ("--moe-gate-loss-wt", "--moe-z-loss-wt", "--moe-entropy-loss-wt")
+_FLAGS = (
+    "--moe-gate-loss-wt",
+    "--moe-z-loss-wt",
+    "--moe-entropy-loss-wt",
+    "--moe-distill-loss-wt",
+)
 
 
 @dataclass
@@ -31,6 +36,9 @@ class RoutingLossConfig(FairseqDataclass):
     )
     moe_entropy_loss_wt: float = field(
         default=0.0, metadata={"help": "weight of the gate's entropy; > 0 pushes to fewer experts"}
+    )
+    moe_distill_loss_wt: float = field(
+        default=0.3, metadata={"help": "weight of StableMoE's distillation of its word router"}
     )
     moe_gate_loss_combine_method: str = field(
         default="sum", metadata={"help": "combine the layers' routing losses: sum or average"}
@@ -52,6 +60,7 @@ class RoutingLosses:
             "balance": cfg.moe_gate_loss_wt,
             "z": cfg.moe_z_loss_wt,
             "entropy": cfg.moe_entropy_loss_wt,
+            "distill": cfg.moe_distill_loss_wt,
         }
         for flag, value in zip(_FLAGS, weights.values(), strict=True):
             if not value >= 0:
@@ -109,6 +118,7 @@ class RoutingLosses:
             "moe_tokens": stacked("tokens"),
             "moe_load": stacked("load"),
             "moe_entropy": stacked("entropy"),
+            "moe_dropped": stacked("dropped"),
             "moe_batches": 1,
             "moe_stage": float(made[0].stage),
             "moe_temperature": made[0].temperature,
@@ -163,6 +173,8 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
     | key | meaning |
     | --- | --- |
     | moe_gate_loss, moe_z_loss | routing losses, unweighted, mean over layers |
+    | moe_distill_loss | StableMoE's, nats per token; only where there is one |
+    | moe_overflow | share of pairs that a capacity dropped; only where it dropped any |
     | moe_stage | 0 diversify, 1 sparsify, 2 hard |
     | moe_temperature | of the gate's softmax |
     | moe_active_experts | mean active experts per real token |
@@ -192,8 +204,13 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
         values = dict(zip(LOSSES, (total("moe_losses") / sample_size).tolist(), strict=True))
         _log("moe_gate_loss", values["balance"], sample_size, priority=43)
         _log("moe_z_loss", values["z"], sample_size, priority=44)
+        if values["distill"]:
+            _log("moe_distill_loss", values["distill"], sample_size, priority=44)
     if stage < Stage.SPARSIFY:
         return
+    dropped = total("moe_dropped").sum()
+    if dropped:
+        _log("moe_overflow", dropped / (dropped + pairs.sum()), float(tokens.sum()), priority=48)
     experts = load.size(1)
     share = load / pairs[:, None].clamp(min=1)
     weight = float(tokens.sum())

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import socket
+import types
 import typing
 import warnings
 from collections import defaultdict
@@ -18,7 +19,7 @@ import numpy as np
 import omegaconf
 import torch
 from fairseq import options
-from fairseq.data import data_utils
+from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 
@@ -45,6 +46,7 @@ def mend() -> None:
     keep_bf16_off_tpu()
     start_cpu_workers()
     keep_last_batch()
+    keep_numpy_compat()
     shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")
@@ -174,6 +176,21 @@ def keep_last_batch() -> None:
         return batch_by_size
 
     _wrap(data_utils, "batch_by_size", make)
+
+
+def keep_numpy_compat() -> None:
+    """numpy 2 lacks `np.compat.long`: `--sample-break-mode eos` and length buckets need it."""
+    if hasattr(np, "compat"):
+        return
+
+    class NumPy:
+        compat = types.SimpleNamespace(long=np.int64)
+
+        def __getattr__(self, name: str) -> typing.Any:
+            return getattr(np, name)
+
+    for module in (token_block_dataset, language_pair_dataset):
+        module.np = NumPy()
 
 
 def shorten_progress_bar() -> None:

@@ -4,6 +4,8 @@
 when). Field `moe_freq` is flag `--moe-freq`, and so on.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
@@ -24,9 +26,47 @@ class MoEConfig(FairseqDataclass):
     decoder_moe_freq: int = _flag(0, "as --moe-freq, for the decoder; the larger of the two holds")
     moe_expert_count: int = _flag(0, "number of experts in each MoE layer")
     moe_expert_ffn_dim: int = _flag(0, "hidden width of an expert; 0: that of the dense FFN")
-    moe_gate: str = _flag("dts", "gate: dts, dense, switch or topk")
+    moe_gate: str = _flag(
+        "dts", "gate: dts, dense, switch, gshard, topk, base, hash, stable or expert_choice"
+    )
+    moe_shared_expert: bool = _flag(
+        False,
+        "keep the base expert active for every token, beside the --moe-expert-count routed ones; "
+        "the two halves are averaged",
+    )
     moe_top_k: int = _flag(2, "experts per token of --moe-gate topk")
     moe_gate_init_std: float = _flag(0.02, "standard deviation of the gate's initial weights")
+    moe_capacity_factor: float = _flag(
+        0.0,
+        "switch, gshard: while training an expert takes at most this many times its even share of "
+        "the tokens, the rest pass it by; 0: no limit. expert_choice: experts per token on average "
+        "(0: 1)",
+    )
+    moe_batch_prioritized_routing: bool = _flag(
+        False, "with a capacity: the tokens with the surest gate come first, not those in front"
+    )
+    moe_second_expert_policy: str = _flag(
+        "sampling",
+        "gshard, while training: the second expert is drawn by its logit (sampling), kept with "
+        "probability 2 p (random) or always taken (all)",
+    )
+    moe_normalize_gate_prob_before_dropping: bool = _flag(
+        False, "gshard: the two weights sum to 1 before, not after, the capacity drops pairs"
+    )
+    moe_balance_bias: float = _flag(
+        0.0,
+        "dts, switch, topk, gshard: balance without a loss. Experts are chosen by logit plus bias, "
+        "and after each update a bias moves by this much towards even load; 0: off, 0.001 is usual",
+    )
+    moe_hash_mapping: str = _flag(
+        "balanced",
+        "hash: balanced (by the dictionary's counts), random, or a JSON file {token: expert}",
+    )
+    moe_choice_group: str = _flag(
+        "sentence",
+        "expert_choice: experts choose among the tokens of each sentence or of the batch",
+    )
+    moe_distill_dim: int = _flag(50, "stable: width of the word embeddings of the distilled router")
     moe_balance_all_ranks: bool = _flag(
         False, "balance loss: average each expert's share of the load over all workers"
     )
@@ -83,91 +123,59 @@ class MoEConfig(FairseqDataclass):
         share = 0.2 if self.dts_threshold is None else self.dts_threshold
         return share / self.moe_expert_count
 
-    def check(self, gates: tuple[str, ...]) -> "MoEConfig":
+    def check(self, gates: Mapping[str, Any]) -> "MoEConfig":
         """Refuse what cannot work, before anything is built.
 
         Args:
-            gates: names that `--moe-gate` may take.
+            gates: what `--moe-gate` may name -> gate class, whose `check(cfg)` judges its flags.
 
         Raises:
             ValueError: names the flag and the fix.
         """
-
-        def need(ok: bool, flag: str, fix: str) -> None:
-            if not ok:
-                name = flag[2:].replace("-", "_")
-                raise ValueError(f"{flag} {getattr(self, name)}: {fix}")
-
         if self.moe_top1_expert:
-            need(
+            self.need(
                 self.moe_gate in ("dts", "switch"),
                 "--moe-gate",
                 "contradicts --moe-top1-expert, which means --moe-gate switch; drop one of the two",
             )
             self.moe_gate = "switch"
         for flag in ("--moe-freq", "--encoder-moe-freq", "--decoder-moe-freq"):
-            need(getattr(self, flag[2:].replace("-", "_")) >= 0, flag, "must be 0 (none) or more")
+            self.need(getattr(self, _field(flag)) >= 0, flag, "must be 0 (none) or more")
         if self.freq("encoder") == 0 and self.freq("decoder") == 0:
             return self
-        need(
+        self.need(
             self.moe_expert_count >= 1, "--moe-expert-count", "give each MoE layer 1 expert or more"
         )
-        need(
+        self.need(
             self.moe_expert_ffn_dim >= 0, "--moe-expert-ffn-dim", "give a width, or 0 for the FFN's"
         )
-        need(self.moe_gate in gates, "--moe-gate", f"choose one of {', '.join(gates)}")
-        need(
-            1 <= self.moe_top_k <= self.moe_expert_count or self.moe_gate != "topk",
-            "--moe-top-k",
-            f"choose 1 to --moe-expert-count {self.moe_expert_count}",
+        self.need(self.moe_gate in gates, "--moe-gate", f"choose one of {', '.join(gates)}")
+        self.need(self.moe_gate_init_std >= 0, "--moe-gate-init-std", "must be >= 0")
+        self.need(
+            0 <= self.moe_capacity_factor < math.inf, "--moe-capacity-factor", "must be 0 or more"
         )
-        need(self.moe_gate_init_std >= 0, "--moe-gate-init-std", "must be >= 0")
-        need(
-            0 <= self.threshold < 1, "--dts-threshold", "must be >= 0 and below a probability of 1"
-        )
-        need(
-            0 <= self.dts_max_experts <= self.moe_expert_count,
-            "--dts-max-experts",
-            f"choose 1 to --moe-expert-count {self.moe_expert_count}, or 0 for no cap",
-        )
-        need(
-            self.moe_gate != "dts" or 1 <= self.dts_top_k <= self.moe_expert_count,
-            "--dts-top-k",
-            f"choose 1 to --moe-expert-count {self.moe_expert_count}",
-        )
-        need(
-            self.dts_combine in ("renorm", "raw", "softmax"),
-            "--dts-combine",
-            "choose renorm, raw or softmax",
-        )
-        need(
-            self.dts_noise in ("gumbel", "annealed", "none"),
-            "--dts-noise",
-            "choose gumbel, annealed or none",
-        )
-        if self.dts_parity:
-            need(
-                self.dts_combine != "renorm",
-                "--dts-combine",
-                "--dts-parity never renormalises; choose softmax (the official default) or raw "
-                "(the official --use-gumbel-gates)",
-            )
-            need(
-                self.dts_top_k == 1 and self.dts_max_experts == 0,
-                "--dts-top-k",
-                "--dts-parity ends in top-1, uncapped: leave --dts-top-k 1, --dts-max-experts 0",
-            )
-            need(
-                self.dts_noise == "gumbel",
-                "--dts-noise",
-                "--dts-parity keeps full noise; give --dts-noise gumbel",
-            )
-        need(
+        self.need(0 <= self.moe_balance_bias < math.inf, "--moe-balance-bias", "must be 0 or more")
+        self.need(
             self.moe_eval_capacity_token_fraction < 0,
             "--moe-eval-capacity-token-fraction",
-            "routing is dropless, so no capacity can be honoured; leave the flag out or pass -1.0",
+            "evaluation drops no token, or a sentence would get what its batch leaves over; "
+            "leave the flag out or pass -1.0",
         )
+        gates[self.moe_gate].check(self)
         return self
+
+    def need(self, ok: bool, flag: str, fix: str) -> None:
+        """Raise the error for a flag's value unless `ok`.
+
+        Raises:
+            ValueError: "FLAG VALUE: FIX".
+        """
+        if not ok:
+            raise ValueError(f"{flag} {getattr(self, _field(flag))}: {fix}")
+
+
+def _field(flag: str) -> str:
+    return flag[2:].replace("-", "_")
 
 
 @dataclass
@@ -177,13 +185,24 @@ class EvolutionConfig(FairseqDataclass):
     evo_spawn_update: int = _flag(
         -1,
         "update at which the base expert splits into all; 0: independent experts from the start; "
-        "-1: a tenth of --max-update",
+        "-1: a tenth of --max-update for --moe-gate dts, 0 for the others",
     )
     evo_diversify: str = _flag(
         "mask", "how copies of the base expert are made different: mask, drop, noise or copy"
     )
     evo_diversify_ratio: float = _flag(
         0.2, "share of hidden units that mask silences, or drop re-initialises, in each copy"
+    )
+    evo_diversify_grain: str = _flag(
+        "unit", "mask and drop choose whole hidden units (unit) or single weights (weight)"
+    )
+    evo_diversify_weights: str = _flag(
+        "auto",
+        "which weights are made different: fc1, fc2, both, or auto (mask: fc2, so that a silenced "
+        "unit can learn again; the others: both)",
+    )
+    evo_base_expert: str = _flag(
+        "exact", "the base expert itself after the split: exact (unchanged) or diverse (a copy too)"
     )
     evo_diversify_noise: float = _flag(
         0.1, "noise: standard deviation of what is added, in units of the weights' own"
@@ -196,6 +215,11 @@ class EvolutionConfig(FairseqDataclass):
     )
     dts_hard_update: int = _flag(
         -1, "update from which only the top-k experts stay; -1: when annealing ends; 0: never"
+    )
+    stable_freeze_update: int = _flag(
+        -1,
+        "stable: update from which the distilled router is frozen and routes; -1: a tenth of "
+        "--max-update after the split; 0: never",
     )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")

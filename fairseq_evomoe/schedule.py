@@ -17,7 +17,7 @@ class Stage(IntEnum):
     SPARSIFY = 1
     """All experts exist; the gate passes from dense to sparse."""
     HARD = 2
-    """Each token uses the top-k experts."""
+    """The last rule holds: top-k experts of the DTS gate, the frozen router of StableMoE."""
 
 
 SHAPES = ("linear", "exponential", "cosine")
@@ -78,27 +78,32 @@ def resolve(
     spawn: int,
     anneal: int,
     hard: int,
-    start: float,
-    end: float,
-    shape: str,
     max_update: int,
+    start: float = 1.0,
+    end: float = 1.0,
+    shape: str = "linear",
+    hard_flag: str = "--dts-hard-update",
 ) -> EvolutionSchedule:
     """Check the schedule's flags and fill in those left to follow `--max-update`.
 
     Args:
         spawn: `--evo-spawn-update`; -1: a tenth of max_update.
         anneal: `--dts-anneal-updates`; -1: half of max_update.
-        hard: `--dts-hard-update`; -1: when the annealing ends; 0: never.
-        start, end, shape: `--dts-temperature-start`, `-end`, `-schedule`.
+        hard: `--dts-hard-update`, -1: when the annealing ends; or `--stable-freeze-update`, -1: a
+            tenth of max_update after the split; 0: never.
         max_update: `--max-update`; 0: unknown.
+        start, end, shape: `--dts-temperature-start`, `-end`, `-schedule`.
+        hard_flag: which of the two flags `hard` is.
 
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
     """
-    if max_update <= 0 and (spawn == -1 or anneal == -1):
+    stable = hard_flag == "--stable-freeze-update"
+    if max_update <= 0 and (spawn == -1 or anneal == -1 or (stable and hard == -1)):
         raise ValueError(
-            "--evo-spawn-update and --dts-anneal-updates follow --max-update when they are -1, "
-            "but --max-update is not set: set it, or give both flags a number of updates"
+            "--evo-spawn-update, --dts-anneal-updates and --stable-freeze-update follow "
+            "--max-update when they are -1, but --max-update is not set: set it, or give them a "
+            "number of updates"
         )
     for flag, updates in (("--evo-spawn-update", spawn), ("--dts-anneal-updates", anneal)):
         if updates < -1:
@@ -122,8 +127,9 @@ def resolve(
         )
     if hard < -1 or 0 < hard < spawn:
         raise ValueError(
-            f"--dts-hard-update {hard} comes before the split at update {spawn}: give an update "
-            "from there on, -1 (when the annealing ends) or 0 (never)"
+            f"{hard_flag} {hard} comes before the split at update {spawn}: give an update from "
+            "there on, -1 (automatic) or 0 (never)"
         )
-    resolved = {-1: spawn + anneal, 0: None}.get(hard, hard)
+    automatic = spawn + (max_update // 10 if stable else anneal)
+    resolved = {-1: automatic, 0: None}.get(hard, hard)
     return EvolutionSchedule(spawn, anneal, resolved, start, end, shape)

@@ -73,29 +73,53 @@ def toy(tmp_path_factory):
         for lang, side in (("en", 0), ("de", 1)):
             text = "\n".join(p[side] for p in pairs) + "\n"
             (folder / f"{split}.{lang}").write_text(text, encoding="utf-8")
-    run(
-        tool("fairseq-preprocess"),
-        *("-s", "en", "-t", "de", "--joined-dictionary", "--workers", "1"),
-        *("--trainpref", folder / "train", "--validpref", folder / "valid"),
-        *("--testpref", folder / "test", "--destdir", folder / "bin"),
-    )
+    for name, end, kind in (
+        ("bin", "", ("-s", "en", "-t", "de", "--joined-dictionary")),
+        ("mono", ".en", ("--only-source",)),
+    ):
+        texts = [x for s in ("train", "valid", "test") for x in (f"--{s}pref", folder / (s + end))]
+        run(
+            tool("fairseq-preprocess"),
+            *(*kind, "--workers", "1", "--destdir", folder / name, *texts),
+        )
     return folder
 
 
-def train_args(toy, save_dir, *extra):
+FAMILIES = {
+    "translation": (
+        *("--task", "translation_evomoe", "-s", "en", "-t", "de", "--share-all-embeddings"),
+        *("--arch", "transformer_evomoe", "--encoder-layers", 2, "--decoder-layers", 2),
+        *("--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64),
+        *("--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
+        *("--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", 0.1),
+    ),
+    "lm": (
+        *("--task", "language_modeling_evomoe", "--tokens-per-sample", 32),
+        *("--sample-break-mode", "eos", "--arch", "transformer_lm_evomoe"),
+        *("--share-decoder-input-output-embed", "--decoder-layers", 2),
+        *("--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 64),
+        *("--decoder-attention-heads", 2, "--criterion", "moe_cross_entropy"),
+    ),
+    "mlm": (
+        *("--task", "masked_lm_evomoe", "--tokens-per-sample", 32, "--sample-break-mode", "eos"),
+        *("--arch", "roberta_evomoe", "--encoder-layers", 2, "--encoder-embed-dim", 32),
+        *("--encoder-ffn-embed-dim", 64, "--encoder-attention-heads", 2),
+        *("--criterion", "moe_masked_lm"),
+    ),
+}
+"""Flags of a tiny model of each family."""
+
+
+def train_args(toy, save_dir, *extra, family="translation"):
     """fairseq-train on the toy corpus with a tiny model; later flags win."""
     return [
         str(a)
         for a in (
-            toy / "bin",
-            *("--user-dir", USER_DIR, "--task", "translation_evomoe", "-s", "en", "-t", "de"),
-            *("--arch", "transformer_evomoe", "--encoder-layers", 2, "--decoder-layers", 2),
-            *("--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64),
-            *("--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
-            *("--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", 0.1),
+            toy / ("bin" if family == "translation" else "mono"),
+            *("--user-dir", USER_DIR, *FAMILIES[family]),
             *("--optimizer", "adam", "--lr", 0.003, "--lr-scheduler", "fixed"),
             *("--max-tokens", 400, "--max-update", 30, "--seed", 7, "--num-workers", 0, "--cpu"),
-            *("--share-all-embeddings", "--save-dir", save_dir, "--no-epoch-checkpoints"),
+            *("--save-dir", save_dir, "--no-epoch-checkpoints"),
             *("--log-format", "json", "--log-interval", 1, "--disable-validation"),
             *extra,
         )
@@ -132,13 +156,14 @@ def train(*args):
     return collector.rows
 
 
-def build(toy, *extra):
+def build(toy, *extra, family="translation"):
     """(config, task, model) from the real command line, on the toy corpus."""
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     parser = options.get_training_parser()
-    args = options.parse_args_and_arch(parser, train_args(toy, toy / "unused", *extra))
+    flags = train_args(toy, toy / "unused", *extra, family=family)
+    args = options.parse_args_and_arch(parser, flags)
     cfg = convert_namespace_to_omegaconf(args)
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)

@@ -1,5 +1,5 @@
 """The registered models and their architectures."""
 
-from fairseq_evomoe.models import transformer_evomoe
+from fairseq_evomoe.models import roberta_evomoe, transformer_evomoe, transformer_lm_evomoe
 
-__all__ = ["transformer_evomoe"]
+__all__ = ["roberta_evomoe", "transformer_evomoe", "transformer_lm_evomoe"]

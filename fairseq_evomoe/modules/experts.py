@@ -1,4 +1,4 @@
-"""The experts of one layer in stacked weights, and how they split from the first of them.
+"""The experts of one layer in stacked weights.
 
 Letters: T tokens, D model width, F expert hidden width, E experts, A active (token, expert) pairs.
 """
@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from fairseq_evomoe.kernels import routing
 from fairseq_evomoe.kernels.grouped_ffn import grouped_ffn
 from fairseq_evomoe.modules.plan import RoutingPlan
-
-DIVERSIFY_MODES = ("mask", "drop", "noise", "copy")
 
 DENSE_FROM = 0.97
 """Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
@@ -33,6 +31,8 @@ class ExpertBank(nn.Module):
         activation: elementwise function between them.
         dropout: on hidden units, while training.
         generator: draws experts 1 to E-1 (`nn.Linear`'s distribution).
+        shared: expert 0 sees every token and is not routed: plans then have E - 1 columns, and the
+            output is the mean of its own and of the routed experts'.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class ExpertBank(nn.Module):
         activation: Callable[[Tensor], Tensor],
         dropout: float,
         generator: torch.Generator,
+        shared: bool = False,
     ) -> None:
         super().__init__()
+        self.shared = shared
         self.activation = activation
         self.dropout = dropout
 
@@ -58,6 +60,16 @@ class ExpertBank(nn.Module):
         self.b1 = stack(fc1.bias, fc1.in_features)
         self.w2 = stack(fc2.weight, fc2.in_features)
         self.b2 = stack(fc2.bias, fc2.in_features)
+
+    @torch.no_grad()
+    def reset_normal_(self, std: float, generator: torch.Generator) -> None:
+        """BERT's initial weights: N(0, std), biases 0. Expert 0 draws from the global stream, w1
+        before w2, as the dense layer does; the others from `generator`."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            weight[0].normal_(0, std)
+            for e in range(1, weight.size(0)):
+                weight[e].copy_(torch.randn(weight[e].shape, generator=generator) * std)
+            bias.zero_()
 
     def extra_repr(self) -> str:
         e, f, d = self.w1.shape
@@ -75,13 +87,17 @@ class ExpertBank(nn.Module):
         Nearly dense plans run in place over all pairs (inactive ones weigh 0); sparse ones gather
         rows by expert, at a cost that follows the number of active pairs.
         """
-        tokens, experts = plan.active.shape
+        active, weights = plan.active, plan.weights
+        if self.shared:
+            active = torch.cat([torch.ones_like(active[:, :1]), active], 1)
+            weights = torch.cat([torch.full_like(weights[:, :1], 0.5), weights * 0.5], 1)
+        tokens, experts = active.shape
         token: Tensor | None
-        token, counts = routing.sort_pairs(plan.active)
+        token, counts = routing.sort_pairs(active)
         if sum(counts) >= DENSE_FROM * tokens * experts:
-            weight, token, counts = plan.weights.t().reshape(-1), None, [tokens] * experts
+            weight, token, counts = weights.t().reshape(-1), None, [tokens] * experts
         else:
-            weight = plan.weights.t().masked_select(plan.active.t())
+            weight = weights.t().masked_select(active.t())
         return grouped_ffn(
             x,
             self.w1,
@@ -94,69 +110,3 @@ class ExpertBank(nn.Module):
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )
-
-
-class Split:
-    """How E experts arise from the base expert: the same decision for weights and optimizer state.
-
-    Args:
-        mode: `mask` silences a random share of each copy's hidden units by zeroing their output
-            columns in `w2` (the function of a masked unit, but still trainable, where zeroing both
-            sides of a ReLU unit would kill it for good); `drop` re-initialises those units from the
-            mean and standard deviation of the base's own weights (Drop-Upcycling, arXiv
-            2502.19261); `noise` adds noise * std(W) * N(0, 1) to every weight; `copy` copies.
-        ratio: share of hidden units for `mask` and `drop`.
-        noise: scale for `noise`.
-        seed: makes the split the same on every worker and in every repetition.
-        experts, hidden: E and F.
-    """
-
-    def __init__(
-        self, mode: str, *, ratio: float, noise: float, seed: int, experts: int, hidden: int
-    ) -> None:
-        self.mode, self.noise, self.seed = mode, noise, seed
-        self.units = torch.zeros(experts, hidden, dtype=torch.bool)
-        if mode in ("mask", "drop"):
-            for e in range(1, experts):
-                chosen = torch.randperm(hidden, generator=self._generator(e))
-                self.units[e, chosen[: round(ratio * hidden)]] = True
-
-    def _generator(self, expert: int, salt: int = 0) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed + 7919 * expert + 104729 * salt)
-
-    def replaced(self, name: str, shape: torch.Size) -> Tensor:
-        """Entries of parameter `name` that are not the base's, bool, broadcast to its shape."""
-        units = self.units
-        if name == "w2" and self.mode in ("mask", "drop"):
-            return units[:, None, :].expand(shape)
-        if name == "w1" and self.mode == "drop":
-            return units[:, :, None].expand(shape)
-        if name == "b1" and self.mode == "drop":
-            return units.expand(shape)
-        return torch.zeros(1, dtype=torch.bool).expand(shape)
-
-    @torch.no_grad()
-    def weights_(self, name: str, stacked: Tensor) -> None:
-        """Fill a stacked parameter (E, ...) from its expert 0, in place; that one stays exact."""
-        base = stacked[0].float().cpu()
-        replaced = self.replaced(name, stacked.shape)
-        for e in range(1, stacked.size(0)):
-            new = base.clone()
-            draw = torch.randn(base.shape, generator=self._generator(e, 1 + _salt(name)))
-            if self.mode == "noise":
-                new += self.noise * base.std() * draw
-            elif self.mode == "drop":
-                new = torch.where(replaced[e], base.mean() + base.std() * draw, new)
-            else:
-                new.masked_fill_(replaced[e], 0)
-            stacked[e].copy_(new)
-
-    @torch.no_grad()
-    def moments_(self, name: str, stacked: Tensor) -> None:
-        """Give every expert the base's optimizer moments (E, ...), zero where weights are new."""
-        stacked[1:] = stacked[:1].clone()
-        stacked.masked_fill_(self.replaced(name, stacked.shape).to(stacked.device), 0)
-
-
-def _salt(name: str) -> int:
-    return ("w1", "b1", "w2", "b2").index(name)

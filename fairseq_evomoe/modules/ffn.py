@@ -1,5 +1,7 @@
 """The one place that decides what stands in for a layer's feed-forward network."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
@@ -7,7 +9,15 @@ from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 
 
 def build_ffn(
-    cfg: MoEConfig, side: str, index: int, *, fc1: nn.Linear, fc2: nn.Linear, activation, dropout
+    cfg: MoEConfig,
+    side: str,
+    index: int,
+    *,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    activation,
+    dropout: float,
+    dictionary: Any = None,
 ) -> nn.Module | None:
     """The module (L, B, D) -> (L, B, D) for layer `index` of `side`, or None to leave it dense.
 
@@ -15,11 +25,21 @@ def build_ffn(
         side: "encoder" or "decoder".
         fc1, fc2: the linear maps that the dense layer would use.
         activation, dropout: between them.
+        dictionary: of the tokens that pass here, for gates that route by identity.
     """
     if not cfg.is_moe_layer(side, index):
         return None
     name = f"{side}.{index}"
-    return EvoMoELayer(fc1, fc2, cfg=cfg, name=name, activation=activation, dropout=dropout)
+    return EvoMoELayer(
+        fc1,
+        fc2,
+        cfg=cfg,
+        name=name,
+        activation=activation,
+        dropout=dropout,
+        causal=side == "decoder",
+        dictionary=dictionary,
+    )
 
 
 def identity(x: Tensor) -> Tensor:

@@ -23,6 +23,23 @@ def balance_loss(probs: Tensor, load: Tensor) -> Tensor:
     return probs.size(1) * (share * probs.mean(0)).sum()
 
 
+def official_balance_loss(weights: Tensor, active: Tensor) -> Tensor:
+    """The balance loss of EvoMoE's official code: E sum_e mean_t(w_te) mean_t(1[e active for t]).
+
+    Both factors grow with the number of active experts; E, without gradient, while all are.
+
+    Args:
+        weights: combine weights, (T, E) float32, 0 where inactive.
+        active: (T, E) bool.
+
+    Returns:
+        scalar float32; 0 when there is no token.
+    """
+    if weights.size(0) == 0:
+        return weights.sum()
+    return weights.size(1) * (weights.mean(0) * active.float().mean(0)).sum()
+
+
 def z_loss(logits: Tensor) -> Tensor:
     """mean_t logsumexp(z_t)^2, keeps logits small (eq. 5 of arXiv 2202.08906). logits: (T, E)."""
     if logits.size(0) == 0:

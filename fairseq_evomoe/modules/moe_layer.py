@@ -4,7 +4,7 @@ Letters: L positions, B sentences, T real tokens, D model width, E experts.
 """
 
 import zlib
-from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,33 +12,12 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.modules import losses
-from fairseq_evomoe.modules.experts import ExpertBank, Split
-from fairseq_evomoe.modules.gates import GATES
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan
-from fairseq_evomoe.modules.records import RecordingLayer, RoutingRecord, attach, touch
+from fairseq_evomoe.modules.experts import ExpertBank
+from fairseq_evomoe.modules.gates import GATES, Site
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, RoutingRecord, attach, touch
+from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
-
-
-class TokenBatch:
-    """The token ids behind a batch of states, handed down by the encoder or decoder.
-
-    Args:
-        ids: (B, L) int64.
-        pad: id of padding.
-    """
-
-    def __init__(self, ids: Tensor, pad: int) -> None:
-        self.ids, self.pad = ids, pad
-
-    @cached_property
-    def real(self) -> Tensor | None:
-        """Rows of the flattened (L, B) states that are not padding, (T,) int64; None: all of them.
-
-        Computed once for all layers: it makes a GPU wait for the host.
-        """
-        keep = self.ids.t().reshape(-1).ne(self.pad)
-        rows = keep.nonzero().squeeze(1)
-        return None if rows.numel() == keep.numel() else rows
 
 
 class EvoMoELayer(RecordingLayer):
@@ -58,6 +37,8 @@ class EvoMoELayer(RecordingLayer):
         cfg: the flags.
         name: unique in the model, "encoder.1"; part of every seed.
         activation, dropout: between the maps.
+        causal: the layer is in a decoder.
+        dictionary: of the tokens that pass here; None where nobody knows.
     """
 
     def __init__(
@@ -69,23 +50,27 @@ class EvoMoELayer(RecordingLayer):
         name: str,
         activation,
         dropout: float,
+        causal: bool = False,
+        dictionary: Any = None,
     ) -> None:
         super().__init__(name)
         self.cfg = cfg
         # `initial_seed` is --seed; reading it leaves the global stream as in a dense model
         generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()))
-        self.gate = GATES[cfg.moe_gate](fc1.in_features, cfg, generator)
+        site = Site(fc1.in_features, name, generator, causal=causal, dictionary=dictionary)
+        self.gate = GATES[cfg.moe_gate](cfg, site)
         self.experts = ExpertBank(
             fc1,
             fc2,
-            num_experts=cfg.moe_expert_count,
+            num_experts=cfg.moe_expert_count + cfg.moe_shared_expert,
             activation=activation,
             dropout=dropout,
             generator=generator,
+            shared=cfg.moe_shared_expert,
         )
         self.schedule: EvolutionSchedule | None = None
         self.num_updates, self.spawned = 0, True
-        self._saved = Clock(Stage.SPARSIFY, 1.0)
+        self._saved: Clock | None = None
         self.tokens: TokenBatch | None = None
 
     def _seed(self, seed: int) -> int:
@@ -105,7 +90,7 @@ class EvoMoELayer(RecordingLayer):
     def clock(self) -> Clock:
         """Stage and temperature of the next forward pass."""
         if self.schedule is None:
-            return self._saved
+            return self._saved or Clock(Stage.SPARSIFY, 1.0)
         if not self.spawned:
             return Clock(Stage.DIVERSIFY, self.schedule.start, warmth=1.0)
         # a restart that resets the updates must not go back behind a split that has happened
@@ -124,21 +109,26 @@ class EvoMoELayer(RecordingLayer):
         self.num_updates, self.spawned = int(num_updates), bool(spawned)
         self._saved = Clock(Stage(int(stage)), temperature)
 
-    def split(self, mode: str, *, ratio: float, noise: float, seed: int) -> Split:
+    def reset_normal_(self, std: float) -> None:
+        """BERT's initial weights for the experts, as fairseq gives them to its linear layers."""
+        generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()) + 1)
+        self.experts.reset_normal_(std, generator)
+
+    def split(self, rule: SplitRule, *, seed: int) -> Split:
         """How the base expert splits here; the caller applies it and sets `spawned`."""
         experts, hidden = self.experts.b1.shape
-        return Split(
-            mode, ratio=ratio, noise=noise, seed=self._seed(seed), experts=experts, hidden=hidden
-        )
+        return Split(rule, seed=self._seed(seed), experts=experts, hidden=hidden)
 
     # -- data
 
     def forward(self, x: Tensor) -> Tensor:
         """(L, B, D) -> (L, B, D); rows of padding are 0 after the diversify stage."""
-        if self.training and self.schedule is None and self.gate.needs_schedule:
+        unscheduled = self.schedule is None and self._saved is None
+        if self.training and unscheduled and self.gate.changes_over_time:
             raise ValueError(
                 f"--moe-gate {self.cfg.moe_gate} changes over time and this task sets no schedule: "
-                "train with --task translation_evomoe"
+                "train with --task translation_evomoe, language_modeling_evomoe or "
+                "masked_lm_evomoe, or start from a checkpoint that was"
             )
         clock = self.clock
         if clock.stage == Stage.DIVERSIFY:
@@ -147,7 +137,7 @@ class EvoMoELayer(RecordingLayer):
         flat = x.reshape(-1, x.size(-1))
         real = self.tokens.real if self.tokens is not None else None
         states = flat if real is None else flat.index_select(0, real)
-        plan = self.gate(states, clock)
+        plan = self.gate(states, clock, self.tokens)
         y = self.experts(states, plan).to(x.dtype)
         y = self._account(y, plan, clock)
         if real is not None:
@@ -162,18 +152,24 @@ class EvoMoELayer(RecordingLayer):
             tokens = x.new_tensor(flat if real is None else real.numel(), dtype=torch.float32)
             load = torch.zeros(self.cfg.moe_expert_count, device=x.device)
             load[0] = tokens
-            nothing = torch.zeros(3, device=x.device)
+            nothing = torch.zeros(len(LOSSES), device=x.device)
             self.record = RoutingRecord(
-                self.name, clock.stage, clock.temperature, tokens, load, nothing[0], nothing
+                *(self.name, clock.stage, clock.temperature, tokens, load),
+                *(nothing[0], nothing[0], nothing),
             )
-        if self.training and torch.is_grad_enabled():
-            y = touch(y, self.gate.weight)
-        return y
+        return self._touch_idle(y, clock)
+
+    def _touch_idle(self, y: Tensor, clock: Clock) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return y
+        idle = [p for p in self.gate.idle(clock) if p.requires_grad]
+        return touch(y, *idle) if idle else y
 
     def _account(self, y: Tensor, plan: RoutingPlan, clock: Clock) -> Tensor:
         training = self.training and torch.is_grad_enabled()
         if not (training or self.recording):
             return y
+        y = self._touch_idle(y, clock)
         load = plan.active.sum(0).float()
         share = load
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
@@ -181,15 +177,18 @@ class EvoMoELayer(RecordingLayer):
             dist.all_reduce(share)
         values = torch.stack(
             [
-                losses.balance_loss(plan.probs, share),
+                self.gate.balance(plan, share),
                 losses.z_loss(plan.logits),
                 losses.entropy_loss(plan.probs),
+                load.new_zeros(()) if plan.distill is None else plan.distill,
             ]
         )
         if self.recording:
             tokens = load.new_tensor(plan.probs.size(0))
             spread = losses.entropy(plan.probs.detach()).sum()
+            dropped = load.new_zeros(()) if plan.dropped is None else plan.dropped
             self.record = RoutingRecord(
-                self.name, clock.stage, clock.temperature, tokens, load, spread, values.detach()
+                *(self.name, clock.stage, clock.temperature, tokens, load),
+                *(spread, dropped, values.detach()),
             )
         return attach(y, values, self.port) if training else y

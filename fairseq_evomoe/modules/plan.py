@@ -1,7 +1,9 @@
 """The routing plan: who goes where with what weight. Letters: T tokens, E experts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fairseq_evomoe.schedule import Stage
@@ -21,6 +23,43 @@ class Clock:
     warmth: float = 0.0
 
 
+class TokenBatch:
+    """The tokens behind a batch of states (L, B, D): which are real, what and whose they are.
+
+    Everything is computed when first asked for, once for all layers: most gates ask for nothing
+    beyond `real`, which makes a GPU wait for the host.
+
+    Args:
+        ids: token ids, (B, L) int64.
+        pad: id of padding.
+    """
+
+    def __init__(self, ids: Tensor, pad: int) -> None:
+        self.ids, self.pad = ids, pad
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Rows of the flattened (L, B) states that are not padding, (T,) int64; None: all."""
+        keep = self.ids.t().reshape(-1).ne(self.pad)
+        rows = keep.nonzero().squeeze(1)
+        return None if rows.numel() == keep.numel() else rows
+
+    def _real(self, values: Tensor) -> Tensor:
+        flat = values.reshape(-1)
+        return flat if self.real is None else flat.index_select(0, self.real)
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Ids of the real tokens, (T,) int64."""
+        return self._real(self.ids.t())
+
+    @cached_property
+    def sentence(self) -> Tensor:
+        """Row of the batch that each real token belongs to, (T,) int64."""
+        rows = torch.arange(self.ids.size(0), device=self.ids.device)
+        return self._real(rows.expand(self.ids.size(1), -1))
+
+
 @dataclass(frozen=True)
 class RoutingPlan:
     """A gate's decision over T real tokens; made once, recomputed nowhere.
@@ -30,9 +69,13 @@ class RoutingPlan:
         active: the pairs to compute, (T, E) bool.
         probs: clean gate probabilities (no noise, temperature 1), (T, E) float32; rows sum to 1.
         logits: gate logits, (T, E) float32.
+        dropped: pairs that a capacity turned away, scalar; None: there is no capacity.
+        distill: loss of a router in training beside the gate (StableMoE), scalar; None: no such.
     """
 
     weights: Tensor
     active: Tensor
     probs: Tensor
     logits: Tensor
+    dropped: Tensor | None = None
+    distill: Tensor | None = None

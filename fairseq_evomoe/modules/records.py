@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.schedule import Stage
 
-LOSSES = ("balance", "z", "entropy")
+LOSSES = ("balance", "z", "entropy", "distill")
 """Order of the routing losses in every loss vector."""
 
 
@@ -30,7 +30,8 @@ class RoutingRecord:
         tokens: number of real tokens, scalar float32.
         load: active pairs of each expert, (E,) float32.
         entropy: sum over tokens of the clean gate's entropy in nats, scalar float32.
-        losses: values of `LOSSES`, (3,) float32.
+        dropped: pairs that a capacity turned away, scalar float32.
+        losses: values of `LOSSES`, (4,) float32.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RoutingRecord:
     tokens: Tensor
     load: Tensor
     entropy: Tensor
+    dropped: Tensor
     losses: Tensor
 
 
@@ -49,7 +51,7 @@ class LossPort:
         self.leaf: Tensor | None = None
 
     def open(self, losses: Tensor) -> Tensor:
-        """The layer's loss vector, (3,), as a leaf to build the criterion's loss on."""
+        """The layer's loss vector, (4,), as a leaf to build the criterion's loss on."""
         self.leaf = losses.detach().clone().requires_grad_()
         return self.leaf
 
@@ -81,7 +83,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(y: Tensor, losses: Tensor, port: LossPort) -> Tensor:
-    """`y` unchanged; its backward also sends the criterion's gradient into `losses`, (3,)."""
+    """`y` unchanged; its backward also sends the criterion's gradient into `losses`, (4,)."""
     return _Attach.apply(y, losses, port)
 
 

@@ -16,7 +16,8 @@ from fairseq.modules.transformer_layer import (
 from torch import Tensor, nn
 
 from fairseq_evomoe.modules.ffn import build_ffn, identity
-from fairseq_evomoe.modules.moe_layer import EvoMoELayer, TokenBatch
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+from fairseq_evomoe.modules.plan import TokenBatch
 
 
 class _ReplaceFFN(nn.Module):
@@ -28,7 +29,9 @@ class _ReplaceFFN(nn.Module):
     activation_fn: Any
     activation_dropout_module: Any
 
-    def __init__(self, cfg: Any, index: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, cfg: Any, index: int, *args: Any, dictionary: Any = None, **kwargs: Any
+    ) -> None:
         self._index = index
         self._moe = cfg.moe
         super().__init__(cfg, *args, **kwargs)
@@ -41,6 +44,7 @@ class _ReplaceFFN(nn.Module):
             fc2=self.fc2,
             activation=self.activation_fn,
             dropout=dropout,
+            dictionary=dictionary,
         )
         if moe_layer is None:
             return

@@ -1,5 +1,5 @@
 """The registered tasks."""
 
-from fairseq_evomoe.tasks import translation_evomoe
+from fairseq_evomoe.tasks import language_modeling_evomoe, masked_lm_evomoe, translation_evomoe
 
-__all__ = ["translation_evomoe"]
+__all__ = ["language_modeling_evomoe", "masked_lm_evomoe", "translation_evomoe"]

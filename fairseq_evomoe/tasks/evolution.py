@@ -4,19 +4,22 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from torch import Tensor, nn
 
 from fairseq_evomoe.config import EvolutionConfig
-from fairseq_evomoe.modules.experts import DIVERSIFY_MODES
+from fairseq_evomoe.modules.gates import Gate, ScoreGate, StableGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
-from fairseq_evomoe.schedule import EvolutionSchedule, resolve
+from fairseq_evomoe.modules.split import Diversity, SplitRule, diversity
+from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
 logger = logging.getLogger(__name__)
 
 
-def check_flags(cfg: EvolutionConfig) -> EvolutionSchedule:
-    """The schedule that the task's flags describe.
+def check_flags(cfg: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
+    """The schedule that the task's flags describe for a kind of gate.
 
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
@@ -26,18 +29,27 @@ def check_flags(cfg: EvolutionConfig) -> EvolutionSchedule:
             "--ddp-backend fully_sharded: experts cannot split while each worker holds a shard of "
             "them; use legacy_ddp or pytorch_ddp"
         )
-    if cfg.evo_diversify not in DIVERSIFY_MODES:
+    rule = SplitRule.from_flags(cfg)
+    if gate.cfg.moe_shared_expert and not rule.keep_base:
         raise ValueError(
-            f"--evo-diversify {cfg.evo_diversify!r}: choose one of {', '.join(DIVERSIFY_MODES)}"
+            "--evo-base-expert diverse: --moe-shared-expert keeps the base expert as it is; "
+            "leave one of the two out"
         )
-    if not 0 <= cfg.evo_diversify_ratio <= 1:
-        raise ValueError(
-            f"--evo-diversify-ratio {cfg.evo_diversify_ratio}: a share of hidden units, 0 to 1"
+    spawn = cfg.evo_spawn_update
+    if spawn == -1 and not gate.evolves:
+        spawn = 0
+    if not gate.changes_over_time:
+        return resolve(spawn=spawn, anneal=0, hard=0, max_update=cfg.max_update)
+    if isinstance(gate, StableGate):
+        return resolve(
+            spawn=spawn,
+            anneal=0,
+            hard=cfg.stable_freeze_update,
+            hard_flag="--stable-freeze-update",
+            max_update=cfg.max_update,
         )
-    if cfg.evo_diversify_noise < 0:
-        raise ValueError(f"--evo-diversify-noise {cfg.evo_diversify_noise}: must be >= 0")
     return resolve(
-        spawn=cfg.evo_spawn_update,
+        spawn=spawn,
         anneal=cfg.dts_anneal_updates,
         hard=cfg.dts_hard_update,
         start=cfg.dts_temperature_start,
@@ -60,20 +72,26 @@ class EvolutionMixin:
     """
 
     cfg: Any
+    args: Any
+
+    @property
+    def flags(self) -> EvolutionConfig:
+        """The task's configuration; fairseq's older tasks keep it in `args`."""
+        return self.args if getattr(self, "cfg", None) is None else self.cfg
 
     def build_model(self, cfg, from_checkpoint: bool = False):
         model = super().build_model(cfg, from_checkpoint)
         layers = moe_layers(model)
         # inference reads the stage from the checkpoint, a dense model has none
         if layers and not from_checkpoint:
-            schedule = check_flags(self.cfg)
+            schedule = check_flags(self.flags, layers[0][1].gate)
             for _, layer in layers:
                 layer.follow(schedule)
             logger.info("evolution: %s", schedule)
         return model
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kw):
-        self.evolve(model, optimizer, update_num)
+        self.evolve(model, optimizer, update_num, sample)
         return super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad, **kw
         )
@@ -82,6 +100,13 @@ class EvolutionMixin:
         super().optimizer_step(optimizer, model, update_num)
         # validation and the checkpoint that follow belong to the finished update
         model.set_num_updates(update_num + 1)
+        for name, layer in moe_layers(model):
+            gate = layer.gate
+            if isinstance(gate, ScoreGate) and layer.cfg.moe_balance_bias:
+                gate.move_bias(_sum_over_workers)
+            if isinstance(gate, StableGate) and not gate.frozen and layer.clock.stage == Stage.HARD:
+                gate.freeze()
+                logger.info("update %d: froze the router of %s", update_num + 1, name)
 
     def get_batch_iterator(
         self, dataset, *, epoch=1, disable_iterator_cache=False, update_epoch_batch_itr=False, **kw
@@ -99,8 +124,11 @@ class EvolutionMixin:
             **kw,
         )
 
-    def evolve(self, model: nn.Module, optimizer: Any, update_num: int) -> None:
-        """Split the base expert of each layer whose time has come; otherwise nothing."""
+    def evolve(self, model: nn.Module, optimizer: Any, update_num: int, sample: Any = None) -> None:
+        """Split the base expert of each layer whose time has come; otherwise nothing.
+
+        With a `sample`, a pass over it measures what the split does, for the log.
+        """
         due = [
             (name, layer)
             for name, layer in moe_layers(model)
@@ -109,25 +137,62 @@ class EvolutionMixin:
         if not due:
             return
         views = OptimizerViews(optimizer)
-        for _, layer in due:
-            split = layer.split(
-                self.cfg.evo_diversify,
-                ratio=self.cfg.evo_diversify_ratio,
-                noise=self.cfg.evo_diversify_noise,
-                seed=self.cfg.seed,
-            )
-            for name, parameter in layer.experts.named_parameters():
+        rule = SplitRule.from_flags(self.flags)
+        inputs = layer_inputs(model, [layer for _, layer in due], sample)
+        for name, layer in due:
+            x = inputs.get(layer)
+            before = None if x is None else layer.experts.eval().base(x)
+            split = layer.split(rule, seed=self.flags.seed)
+            for part, parameter in layer.experts.named_parameters():
                 master = views.master(parameter)
-                split.weights_(name, master)
+                split.weights_(part, master)
                 if master is not parameter.data:
                     with torch.no_grad():
                         parameter.copy_(master)
                 for moment in views.moments(parameter):
-                    split.moments_(name, moment)
+                    split.moments_(part, moment)
             layer.spawned = True
+            layer.experts.train(layer.training)
+            if x is not None and before is not None:
+                measured: Diversity = diversity(layer.experts, x, before)
+                logger.info("update %d: split %s: %s", update_num, name, measured)
         logger.info(
             "update %d: split the base expert of %d layers (--evo-diversify %s)",
             update_num,
             len(due),
-            self.cfg.evo_diversify,
+            self.flags.evo_diversify,
         )
+
+
+def _sum_over_workers(counts: Tensor) -> None:
+    if dist.is_initialized() and distributed_utils.get_data_parallel_world_size() > 1:
+        dist.all_reduce(counts, group=distributed_utils.get_data_parallel_group())
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, layers: list[EvoMoELayer], sample: Any, *, most: int = 1024
+) -> dict[EvoMoELayer, Tensor]:
+    """What each layer reads of a batch in evaluation: layer -> (T, D), `most` real tokens at most.
+
+    Draws no random number and leaves the model as it was. Empty without a sample.
+    """
+    if not sample or "net_input" not in sample:
+        return {}
+    seen: dict[EvoMoELayer, Tensor] = {}
+
+    def keep(layer: EvoMoELayer, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].size(-1))
+        real = layer.tokens.real if layer.tokens is not None else None
+        seen[layer] = (x if real is None else x.index_select(0, real))[:most].clone()
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    training = model.training
+    try:
+        model.eval()
+        model(**sample["net_input"])
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return seen

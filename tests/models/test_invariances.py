@@ -9,7 +9,9 @@ from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.tasks.evolution import moe_layers
 
 STAGES = {"diversify": 0, "sparsify": 12, "hard": 99}
-CASES = [("dts", stage) for stage in STAGES] + [(g, "sparsify") for g in GATES if g != "dts"]
+CASES = [("dts", stage) for stage in STAGES]
+CASES += [("stable", "hard")]
+CASES += [(g, "sparsify") for g in GATES if g not in ("dts", "expert_choice")]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -20,9 +22,12 @@ def setting(request, toy):
         toy,
         *("--moe-gate", gate, "--moe-freq", 1, "--evo-spawn-update", 5),
         *("--dts-anneal-updates", 20, "--dts-hard-update", 50, "--moe-gate-init-std", 0.5),
+        *("--stable-freeze-update", 50),
     )
     for _, layer in moe_layers(model):
         layer.spawned = stage != "diversify"
+        if gate == "stable" and stage == "hard":
+            layer.gate.freeze()
     model.set_num_updates(STAGES[stage])
     return task, model.eval(), valid_batch(task, rows=5)
 
@@ -100,3 +105,54 @@ def test_evaluation_is_deterministic(setting):
     """Two passes agree to the bit: no noise outside training."""
     _, model, batch = setting
     assert torch.equal(logits(model, batch["net_input"]), logits(model, batch["net_input"]))
+
+
+@pytest.fixture(params=["dts", "expert_choice", "hash"])
+def masked(request, toy):
+    """(model, batch) of a masked LM in evaluation."""
+    _, task, model = build(
+        toy,
+        *("--moe-gate", request.param, "--moe-freq", 1, "--evo-spawn-update", 0),
+        *("--moe-gate-init-std", 0.5),
+        family="mlm",
+    )
+    model.set_num_updates(12)
+    return model.eval(), valid_batch(task, rows=5)["net_input"]["src_tokens"]
+
+
+def test_a_masked_sentence_does_not_depend_on_its_batch(masked):
+    """Alone, in company, under other padding, in another order: the same, expert choice too."""
+    model, tokens = masked
+    with torch.no_grad():
+        together = model(tokens)[0]
+        padded = torch.cat([tokens, tokens.new_full((5, 7), 1)], 1)
+        assert_same(model(padded)[0][:, : tokens.size(1)], together)
+        order = torch.tensor([3, 0, 4, 1, 2])
+        assert_same(model(tokens[order])[0], together[order])
+        for row, ids in enumerate(tokens):
+            real = ids[ids.ne(1)]
+            assert_same(model(real[None])[0][0], together[row, : len(real)])
+
+
+@pytest.mark.parametrize("gate", ["dts", "base", "hash", "gshard"])
+def test_a_language_model_is_causal_and_decodes_step_by_step(toy, gate):
+    """Later tokens change nothing before them; cached decoding gives the logits of the whole."""
+    _, task, model = build(
+        toy,
+        *("--moe-gate", gate, "--moe-freq", 1, "--evo-spawn-update", 0),
+        *("--moe-gate-init-std", 0.5),
+        family="lm",
+    )
+    model.set_num_updates(12)
+    model.eval()
+    tokens = valid_batch(task, rows=4)["net_input"]["src_tokens"]
+    tokens = tokens[:, : int(tokens.ne(1).sum(1).min())]
+    with torch.no_grad():
+        full = model(tokens)[0]
+        other = tokens.clone()
+        other[:, 3:] = 7
+        assert_same(model(other)[0][:, :3], full[:, :3])
+        state = {}
+        for t in range(tokens.size(1)):
+            step = model.decoder(tokens[:, : t + 1], incremental_state=state)[0]
+            assert_same(step[:, -1], full[:, t])

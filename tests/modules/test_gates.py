@@ -1,32 +1,13 @@
 """modules/gates: each rule against a loop over tokens and experts, and what training changes."""
 
-import math
-
 import pytest
 import torch
+from gate_kit import HARD, SOFT, D, E, batch, gate, softmax
 
-from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.gates.base import top_k_mask
-from fairseq_evomoe.modules.plan import Clock
-from fairseq_evomoe.schedule import Stage
-
-E, D = 6, 8
-SOFT, HARD = Stage.SPARSIFY, Stage.HARD
-
-
-def gate(name, training=False, **flags):
-    cfg = MoEConfig(moe_freq=1, moe_expert_count=E, moe_gate=name, **flags).check(tuple(GATES))
-    made = GATES[name](D, cfg, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        made.weight.mul_(40)
-    return made.train(training)
-
-
-def softmax(row):
-    top = max(row)
-    powers = [math.exp(v - top) for v in row]
-    return [v / sum(powers) for v in powers]
+from fairseq_evomoe.modules.losses import official_balance_loss
+from fairseq_evomoe.modules.plan import Clock, TokenBatch
 
 
 def dts_row(z, noise, tau, stage, *, c, combine="renorm", cap=0, k=1):
@@ -70,9 +51,27 @@ def test_parity_with_the_official_code(stage, combine):
     plan = made(x, Clock(stage, 0.5))
     torch.manual_seed(11)
     noise = -torch.empty(30, E).exponential_().log()
+    rows = []
     for z, g, weights in zip(plan.logits, noise, plan.weights, strict=True):
         want = dts_row(z.tolist(), g.tolist(), 0.5, stage, c=0.001, combine=combine)
         assert weights.tolist() == pytest.approx(want, abs=1e-6)
+        rows.append(want)
+    # balance: E^2 times the mean over experts of (mean weight) x (mean number of selections)
+    loss = 0.0
+    for e in range(E):
+        me = sum(w[e] for w in rows) / 30
+        ce = sum(w[e] > 0 for w in rows) / 30
+        loss += E * E * me * ce / E
+    assert made.balance(plan, plan.active.sum(0)).item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_official_balance_loss_is_blind_while_dense():
+    """With every expert active it is E and its gradient 0: why ours counts shares of pairs."""
+    logits = torch.randn(12, E, requires_grad=True)
+    probs = logits.softmax(-1)
+    loss = official_balance_loss(probs, torch.ones_like(probs, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == pytest.approx(E) and logits.grad.abs().max() < 1e-6
 
 
 def test_parity_evaluates_top_1_of_the_clean_softmax():
@@ -157,30 +156,33 @@ def test_float32_inside_half_precision_outside(name, dtype):
     x = torch.randn(10, D, dtype=dtype)
     for context in (torch.autocast("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)):
         with context:
-            plan = made(x, Clock(SOFT, 1.0))
+            plan = made(x, Clock(SOFT, 1.0), batch(2, 5))
         assert plan.logits.dtype == plan.weights.dtype == torch.float32
         assert torch.allclose(plan.probs.sum(1), torch.ones(10), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(GATES))
 def test_a_token_routes_alone(name):
-    """In evaluation a token's plan does not depend on its neighbours or their order."""
+    """In evaluation a token's plan does not depend on other sentences or their order."""
     made = gate(name)
-    x = torch.randn(12, D)
-    together = made(x, Clock(SOFT, 0.6))
+    x, tokens = torch.randn(12, D), batch(12, 1)
+    together = made(x, Clock(SOFT, 0.6), tokens)
     order = torch.randperm(12)
-    shuffled = made(x[order], Clock(SOFT, 0.6))
+    shuffled = made(x[order], Clock(SOFT, 0.6), TokenBatch(tokens.ids[order], 99))
     assert torch.equal(shuffled.active, together.active[order])
     assert torch.allclose(shuffled.weights, together.weights[order], atol=1e-6)
-    alone = made(x[3:4], Clock(SOFT, 0.6))
+    alone = made(x[3:4], Clock(SOFT, 0.6), TokenBatch(tokens.ids[3:4], 99))
     assert torch.allclose(alone.weights[0], together.weights[3], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(GATES))
 def test_no_tokens(name):
     """A worker whose batch is all padding routes nothing and does not fail."""
-    plan = gate(name, training=True)(torch.randn(0, D), Clock(SOFT, 1.0))
+    flags = {"moe_capacity_factor": 1.0} if name in ("switch", "gshard") else {}
+    made = gate(name, training=True, **flags)
+    plan = made(torch.randn(0, D), Clock(SOFT, 1.0), batch(0, 1))
     assert plan.weights.shape == plan.active.shape == (0, E)
+    assert torch.isfinite(made.balance(plan, plan.active.sum(0)))
 
 
 def test_ties_go_to_the_lower_index():

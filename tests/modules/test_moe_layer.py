@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.criterions.routing_metrics import RoutingLossConfig, RoutingLosses
 from fairseq_evomoe.modules import losses
-from fairseq_evomoe.modules.moe_layer import EvoMoELayer, TokenBatch
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+from fairseq_evomoe.modules.plan import TokenBatch
 from fairseq_evomoe.modules.records import recording
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
 

@@ -7,6 +7,7 @@ from fairseq import optim
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from fairseq.trainer import Trainer
 
+from fairseq_evomoe.modules.split import SplitRule
 from fairseq_evomoe.tasks.evolution import moe_layers
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
@@ -64,7 +65,7 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
     task.evolve(model, optimizer, 5)
     assert layer.spawned
 
-    decided = layer.split(mode, ratio=0.2, noise=0.1, seed=7)
+    decided = layer.split(SplitRule(mode), seed=7)
     for name, parameter in layer.experts.named_parameters():
         master = views.master(parameter)
         assert master.shape == parameter.shape

@@ -1,48 +1,181 @@
-"""What every gate shares. Letters: T tokens, D model width, E experts."""
+"""What every gate shares. Letters: T tokens, D model width, E experts, V vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan
+from fairseq_evomoe.modules import losses
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.schedule import Stage
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a gate stands.
+
+    Attributes:
+        dim: model width D.
+        name: of the layer, "encoder.1".
+        generator: draws initial weights, so that the global stream stays as in a dense model.
+        causal: a position must not depend on later ones.
+        dictionary: fairseq's, of the tokens that pass here; None where nobody knows.
+    """
+
+    dim: int
+    name: str
+    generator: torch.Generator
+    causal: bool = False
+    dictionary: Any = None
 
 
 class Gate(nn.Module):
+    """A rule that says which experts see a token, with which weights.
+
+    Args:
+        cfg: the flags; `cfg.moe_expert_count` is E.
+        site: where the gate stands.
+    """
+
+    evolves = False
+    """True where training starts, unless flags say otherwise, from one base expert."""
+    changes_over_time = False
+    """True where the rule follows the schedule: training without one is a mistake."""
+    takes_bias = False
+    """True where `--moe-balance-bias` can act: experts are chosen by score."""
+
+    def __init__(self, cfg: MoEConfig, site: Site) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    @classmethod
+    def check(cls, cfg: MoEConfig) -> None:
+        """Refuse flags that this gate cannot serve.
+
+        Raises:
+            ValueError: names the flag and the fix.
+        """
+        cfg.need(
+            cls.takes_bias or not cfg.moe_balance_bias,
+            "--moe-balance-bias",
+            f"--moe-gate {cfg.moe_gate} does not choose by score; leave it out",
+        )
+
+    def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
+        """Route T real tokens: x (T, D) of any float dtype -> RoutingPlan, float32."""
+        raise NotImplementedError
+
+    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
+        """The balance loss of a plan, scalar; `load` (E,), of one or of all workers."""
+        return losses.balance_loss(plan.probs, load)
+
+    def idle(self, clock: Clock) -> Sequence[nn.Parameter]:
+        """Parameters that play no part at this time; DDP wants a gradient for them all the same."""
+        return list(self.parameters()) if clock.stage == Stage.DIVERSIFY else []
+
+
+class ScoreGate(Gate):
     """Linear router z = W_g x in float32, then a rule (`route`) that each gate states.
 
     Softmax over a few logits is where half precision loses the ranking of experts, so logits and
     probabilities are float32 whatever the model's dtype (Switch, arXiv 2101.03961, section 2.4).
 
-    Args:
-        dim: model width D.
-        cfg: the flags; `cfg.moe_expert_count` is E.
-        generator: draws the initial weights, so that the global stream stays as in a dense model.
+    `--moe-balance-bias` u: experts are chosen by z + b and weighed by z alone; after every update
+    b_e += u sign(mean load - load_e), with the load of all micro-batches and workers (arXiv
+    2408.15664; there the scores are probabilities, here logits, so that any rule can use b).
     """
 
-    needs_schedule = False
-    """True where the rule changes over time, so that training without a schedule is a mistake."""
+    takes_bias = True
+    bias_steps: Tensor
+    seen: Tensor
 
-    def __init__(self, dim: int, cfg: MoEConfig, generator: torch.Generator) -> None:
-        super().__init__()
-        self.cfg = cfg
-        weight = torch.randn(cfg.moe_expert_count, dim, generator=generator)
+    def __init__(self, cfg: MoEConfig, site: Site) -> None:
+        super().__init__(cfg, site)
+        weight = torch.randn(cfg.moe_expert_count, site.dim, generator=site.generator)
         self.weight = nn.Parameter(weight * cfg.moe_gate_init_std)
+        if cfg.moe_balance_bias:
+            # b in steps of u: integers stay exact under .half()
+            self.register_buffer("bias_steps", torch.zeros(len(weight), dtype=torch.int64))
+            self.register_buffer("seen", torch.zeros_like(self.bias_steps), persistent=False)
 
-    def forward(self, x: Tensor, clock: Clock) -> RoutingPlan:
-        """Route T real tokens: x (T, D) of any float dtype -> RoutingPlan."""
+    def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
-            probs = logits.softmax(-1)
-            weights, active = self.route(logits, probs, clock)
-        return RoutingPlan(weights, active, probs, logits)
+            plan = self.route(logits, logits.softmax(-1), clock, tokens)
+        if self.cfg.moe_balance_bias and self.training:
+            with torch.no_grad():
+                self.seen += plan.active.sum(0)
+        return plan
 
-    def route(self, logits: Tensor, probs: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        """(T, E) logits and their softmax -> combine weights (T, E) and active pairs (T, E)."""
+    def route(
+        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
+    ) -> RoutingPlan:
+        """(T, E) logits and their softmax -> the plan."""
         raise NotImplementedError
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What experts are chosen by, (T, E): the logits, with the balancing bias where on."""
+        if not self.cfg.moe_balance_bias:
+            return logits
+        return logits + self.cfg.moe_balance_bias * self.bias_steps
+
+    @torch.no_grad()
+    def move_bias(self, all_reduce: Any = None) -> None:
+        """Step the bias by the load seen since the last step, summed by `all_reduce` in place."""
+        if all_reduce is not None:
+            all_reduce(self.seen)
+        load = self.seen.double()
+        self.bias_steps += (load.mean() - load).sign().long()
+        self.seen.zero_()
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, (T, E) bool; among equals the lower index wins."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+def capacity(cfg: MoEConfig, tokens: int, choices: int) -> int:
+    """C = ceil(factor * choices * T / E) pairs an expert (arXiv 2006.16668, section 2.2)."""
+    share = cfg.moe_capacity_factor * choices * tokens / cfg.moe_expert_count
+    return -int(-share // 1)
+
+
+def within_capacity(
+    choices: Sequence[Tensor], limit: int, *, priority: Tensor | None = None
+) -> list[Tensor]:
+    """Drop the pairs beyond each expert's `limit`.
+
+    First choices go before second ones, and among them tokens in order of position, or of falling
+    `priority` (batch-prioritised routing, arXiv 2106.05974).
+
+    Args:
+        choices: first, second ... choices, each (T, E) bool.
+        limit: pairs that an expert takes.
+        priority: (T,); None: by position.
+
+    Returns:
+        the choices that remain, each (T, E) bool.
+    """
+    taken = torch.zeros_like(choices[0][:1], dtype=torch.int64).sum(0)
+    kept = []
+    for chosen in choices:
+        if priority is None:
+            place = chosen.cumsum(0)
+        else:
+            order = priority.sort(descending=True, stable=True).indices
+            place = torch.empty_like(chosen, dtype=torch.int64)
+            place[order] = chosen[order].cumsum(0)
+        kept.append(chosen & (place + taken <= limit))
+        # as in GShard, a second choice queues behind all first ones, dropped or not
+        taken = taken + chosen.sum(0)
+    return kept
+
+
+def limited(plan: RoutingPlan, wanted: Tensor, kept: Tensor) -> RoutingPlan:
+    """`plan` with the number of pairs that its capacity dropped."""
+    return replace(plan, dropped=(wanted.sum() - kept.sum()).float())

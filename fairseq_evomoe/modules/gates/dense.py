@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.modules.gates.base import Gate
-from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.modules.gates.base import ScoreGate
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 
-class DenseGate(Gate):
+class DenseGate(ScoreGate):
     """w = softmax(z) over all experts (Jacobs et al. 1991); the upper bound in compute."""
 
-    def route(self, logits: Tensor, probs: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        return probs, torch.ones_like(probs, dtype=torch.bool)
+    takes_bias = False
+
+    def route(
+        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
+    ) -> RoutingPlan:
+        return RoutingPlan(probs, torch.ones_like(probs, dtype=torch.bool), probs, logits)

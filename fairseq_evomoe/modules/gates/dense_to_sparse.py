@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.modules.gates.base import Gate, top_k_mask
-from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules import losses
+from fairseq_evomoe.modules.gates.base import ScoreGate, top_k_mask
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
 
 
-class DenseToSparseGate(Gate):
+class DenseToSparseGate(ScoreGate):
     """From every expert to the few that a token needs, by temperature (arXiv 2112.14397).
 
     p = softmax((z + g) / tau), g ~ Gumbel(0, 1) while training, 0 in evaluation. `--dts-noise
@@ -22,37 +24,100 @@ class DenseToSparseGate(Gate):
     Combine weights, `--dts-combine`: `renorm` p over the active set, divided by its sum; `raw` p;
     `softmax` softmax(z). In `renorm` the sum is held constant in the backward pass: a lone expert
     then weighs exactly 1 and its gate still gets the gradient of p, so nothing jumps and learning
-    goes on when routing becomes top-1.
+    goes on when routing becomes top-1. With `--moe-balance-bias` b, experts are chosen by
+    softmax((z + b + g) / tau) and weighed without b.
 
     `--dts-parity` is the rule of the official code: c = 0.001 absolute, `raw` or `softmax` weights,
-    and in evaluation top-1 with softmax(z), whatever the stage.
+    in evaluation top-1 with softmax(z) whatever the stage, and the balance loss over those weights
+    and absolute counts.
     """
 
-    needs_schedule = True
+    evolves = True
+    changes_over_time = True
 
-    def route(self, logits: Tensor, probs: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def check(cls, cfg: MoEConfig) -> None:
+        super().check(cfg)
+        experts = f"choose 1 to --moe-expert-count {cfg.moe_expert_count}"
+        cfg.need(
+            0 <= cfg.threshold < 1, "--dts-threshold", "must be >= 0 and below a probability of 1"
+        )
+        cfg.need(
+            0 <= cfg.dts_max_experts <= cfg.moe_expert_count,
+            "--dts-max-experts",
+            f"{experts}, or 0 for no cap",
+        )
+        cfg.need(1 <= cfg.dts_top_k <= cfg.moe_expert_count, "--dts-top-k", experts)
+        cfg.need(
+            cfg.dts_combine in ("renorm", "raw", "softmax"),
+            "--dts-combine",
+            "choose renorm, raw or softmax",
+        )
+        cfg.need(
+            cfg.dts_noise in ("gumbel", "annealed", "none"),
+            "--dts-noise",
+            "choose gumbel, annealed or none",
+        )
+        if cfg.dts_parity:
+            cls._check_parity(cfg)
+
+    @staticmethod
+    def _check_parity(cfg: MoEConfig) -> None:
+        cfg.need(
+            cfg.dts_combine != "renorm",
+            "--dts-combine",
+            "--dts-parity never renormalises; choose softmax (the official default) or raw "
+            "(the official --use-gumbel-gates)",
+        )
+        cfg.need(
+            cfg.dts_top_k == 1 and cfg.dts_max_experts == 0,
+            "--dts-top-k",
+            "--dts-parity ends in top-1, uncapped: leave --dts-top-k 1, --dts-max-experts 0",
+        )
+        cfg.need(
+            cfg.dts_noise == "gumbel",
+            "--dts-noise",
+            "--dts-parity keeps full noise; give --dts-noise gumbel",
+        )
+        cfg.need(
+            not cfg.moe_balance_bias, "--moe-balance-bias", "--dts-parity knows none; leave it out"
+        )
+
+    def route(
+        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
+    ) -> RoutingPlan:
         cfg = self.cfg
         if cfg.dts_parity and not self.training:
             active = top_k_mask(probs, 1)
-            return probs * active, active
+            return RoutingPlan(probs * active, active, probs, logits)
 
-        noisy = logits
-        if self.training and cfg.dts_noise != "none":
-            # -log(Exponential(1)) is Gumbel(0, 1)
-            noise = -torch.empty_like(logits).exponential_().log()
-            noisy = logits + (noise if cfg.dts_noise == "gumbel" else clock.warmth * noise)
-        p = torch.softmax(noisy / clock.temperature, -1)
+        noise = self._noise(logits, clock)
+        p = torch.softmax((logits + noise) / clock.temperature, -1)
+        chosen_by = p
+        if cfg.moe_balance_bias:
+            chosen_by = torch.softmax((self.scores(logits) + noise) / clock.temperature, -1)
 
         if clock.stage == Stage.HARD:
-            active = top_k_mask(p, cfg.dts_top_k)
+            active = top_k_mask(chosen_by, cfg.dts_top_k)
         else:
-            active = (p >= cfg.threshold) | top_k_mask(p, 1)
+            active = (chosen_by >= cfg.threshold) | top_k_mask(chosen_by, 1)
             if cfg.dts_max_experts:
-                active &= top_k_mask(p, cfg.dts_max_experts)
+                active &= top_k_mask(chosen_by, cfg.dts_max_experts)
 
-        if cfg.dts_combine == "softmax":
-            return probs * active, active
-        weights = p * active
+        weights = (probs if cfg.dts_combine == "softmax" else p) * active
         if cfg.dts_combine == "renorm":
-            weights = weights / weights.sum(-1, keepdim=True).detach()
-        return weights, active
+            total = weights.detach().sum(-1, keepdim=True)
+            weights = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return RoutingPlan(weights, active, probs, logits)
+
+    def _noise(self, logits: Tensor, clock: Clock) -> Tensor | float:
+        if not self.training or self.cfg.dts_noise == "none":
+            return 0.0
+        # -log(Exponential(1)) is Gumbel(0, 1)
+        noise = -torch.empty_like(logits).exponential_().log()
+        return noise if self.cfg.dts_noise == "gumbel" else clock.warmth * noise
+
+    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
+        if self.cfg.dts_parity:
+            return losses.official_balance_loss(plan.weights, plan.active)
+        return super().balance(plan, load)

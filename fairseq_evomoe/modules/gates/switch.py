@@ -2,16 +2,32 @@
 
 from torch import Tensor
 
-from fairseq_evomoe.modules.gates.base import Gate, top_k_mask
-from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.modules.gates.base import (
+    ScoreGate,
+    capacity,
+    limited,
+    top_k_mask,
+    within_capacity,
+)
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 
-class SwitchGate(Gate):
+class SwitchGate(ScoreGate):
     """Active: argmax p; weight p itself, so that the router learns (arXiv 2101.03961, eq. 2).
 
-    Dropless: no token overflows, so there is no capacity factor.
+    Dropless, unless `--moe-capacity-factor` c limits an expert to ceil(c T / E) tokens (eq. 3)
+    while training: tokens beyond pass the layer by, and what a token gets then depends on those
+    before it. Evaluation never drops.
     """
 
-    def route(self, logits: Tensor, probs: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        active = top_k_mask(probs, 1)
-        return probs * active, active
+    def route(
+        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
+    ) -> RoutingPlan:
+        active = wanted = top_k_mask(self.scores(logits), 1)
+        limits = self.training and self.cfg.moe_capacity_factor > 0
+        if limits:
+            surest = (probs * wanted).sum(-1) if self.cfg.moe_batch_prioritized_routing else None
+            limit = capacity(self.cfg, len(probs), 1)
+            (active,) = within_capacity([wanted], limit, priority=surest)
+        plan = RoutingPlan(probs * active, active, probs, logits)
+        return limited(plan, wanted, active) if limits else plan

@@ -2,20 +2,32 @@
 
 from torch import Tensor
 
-from fairseq_evomoe.modules.gates.base import Gate, top_k_mask
-from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules.gates.base import ScoreGate, top_k_mask
+from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 
-class TopKGate(Gate):
+class TopKGate(ScoreGate):
     """Active: the `--moe-top-k` largest p; weights softmax over those (arXiv 1701.06538, eq. 3-5).
 
     For k = 1 that softmax is the constant 1 and would teach the router nothing: the weight is p,
     as in Switch.
     """
 
-    def route(self, logits: Tensor, probs: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        active = top_k_mask(probs, self.cfg.moe_top_k)
+    @classmethod
+    def check(cls, cfg: MoEConfig) -> None:
+        super().check(cfg)
+        cfg.need(
+            1 <= cfg.moe_top_k <= cfg.moe_expert_count,
+            "--moe-top-k",
+            f"choose 1 to --moe-expert-count {cfg.moe_expert_count}",
+        )
+
+    def route(
+        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
+    ) -> RoutingPlan:
+        active = top_k_mask(self.scores(logits), self.cfg.moe_top_k)
         weights = probs * active
         if self.cfg.moe_top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights, active
+        return RoutingPlan(weights, active, probs, logits)

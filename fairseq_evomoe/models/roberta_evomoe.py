@@ -1,0 +1,86 @@
+"""`--arch roberta_evomoe*`: the masked language model (RoBERTa) with evolving MoE layers."""
+
+from contextlib import nullcontext
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.roberta import RobertaEncoder, RobertaModel
+from fairseq.models.roberta.model import base_architecture, roberta_large_architecture
+from fairseq.modules.transformer_sentence_encoder import init_bert_params
+from omegaconf import OmegaConf, open_dict
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.models.stacks import EvoMoEEncoder, configure, evolve
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+
+BERT_STD = 0.02
+
+
+def init_params(module) -> None:
+    """fairseq's BERT initialisation, for experts too: to the base expert as to a dense FFN."""
+    init_bert_params(module)
+    if isinstance(module, EvoMoELayer):
+        module.reset_normal_(BERT_STD)
+
+
+class RobertaEvoMoEEncoder(RobertaEncoder):
+    """fairseq's RoBERTa encoder around an encoder with MoE layers."""
+
+    def build_encoder(self, args, dictionary, embed_tokens):
+        encoder = EvoMoEEncoder(configure(args, "encoder"), dictionary, embed_tokens)
+        encoder.apply(init_params)
+        return encoder
+
+
+@register_model("roberta_evomoe")
+class RobertaEvoMoEModel(RobertaModel):
+    """RoBERTa (arXiv 1907.11692) whose FFNs evolve (arXiv 2112.14397)."""
+
+    @classmethod
+    def hub_models(cls) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def add_args(cls, parser) -> None:
+        super().add_args(parser)
+        gen_parser_from_dataclass(parser, MoEConfig(), delete_default=True, with_prefix="")
+
+    @classmethod
+    def build_model(cls, args, task):
+        with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
+            base_architecture(args)
+            if getattr(args, "max_positions", None) is None:
+                args.max_positions = getattr(args, "tokens_per_sample", None)
+                if args.max_positions is None:
+                    args.max_positions = args.tokens_per_sample = task.max_positions()
+            encoder = RobertaEvoMoEEncoder(args, task.source_dictionary)
+        return cls(args, encoder)
+
+    def apply(self, fn):
+        # RobertaModel initialises the whole model anew with a function that knows no experts
+        return super().apply(init_params if fn is init_bert_params else fn)
+
+
+@register_model_architecture("roberta_evomoe", "roberta_evomoe")
+def evomoe_roberta_small(args) -> None:
+    """4 layers of width 256: trains on a CPU in minutes."""
+    args.encoder_layers = getattr(args, "encoder_layers", 4)
+    args.encoder_embed_dim = getattr(args, "encoder_embed_dim", 256)
+    args.encoder_ffn_embed_dim = getattr(args, "encoder_ffn_embed_dim", 1024)
+    args.encoder_attention_heads = getattr(args, "encoder_attention_heads", 4)
+    evolve(args, experts=4)
+    base_architecture(args)
+
+
+@register_model_architecture("roberta_evomoe", "roberta_evomoe_base")
+def evomoe_roberta_base(args) -> None:
+    """RoBERTa-base with 16 experts in every second layer."""
+    evolve(args, experts=16)
+    base_architecture(args)
+
+
+@register_model_architecture("roberta_evomoe", "roberta_evomoe_large")
+def evomoe_roberta_large(args) -> None:
+    """RoBERTa-large with 16 experts in every second layer: the paper's size."""
+    evolve(args, experts=16)
+    roberta_large_architecture(args)

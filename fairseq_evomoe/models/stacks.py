@@ -1,0 +1,78 @@
+"""fairseq's Transformer encoder and decoder with MoE layers: what all model families share."""
+
+from typing import Any
+
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+)
+from torch import nn
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules.gates import GATES
+from fairseq_evomoe.modules.transformer_layer import DecoderLayer, EncoderLayer, LayerStack, wrap
+
+
+class EvoMoEEncoder(LayerStack, TransformerEncoderBase):
+    """fairseq's Transformer encoder, with MoE layers where the flags put them."""
+
+    def build_encoder_layer(self, cfg: Any) -> nn.Module:
+        layer = EncoderLayer(
+            cfg, self.next_index(), return_fc=self.return_fc, dictionary=self.dictionary
+        )
+        return wrap(layer, cfg)
+
+    def forward_scriptable(self, src_tokens, *args, **kwargs):
+        self.hand_down(src_tokens)
+        return super().forward_scriptable(src_tokens, *args, **kwargs)
+
+
+class EvoMoEDecoder(LayerStack, TransformerDecoderBase):
+    """fairseq's Transformer decoder, with MoE layers where the flags put them."""
+
+    def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
+        layer = DecoderLayer(cfg, self.next_index(), no_encoder_attn, dictionary=self.dictionary)
+        return wrap(layer, cfg)
+
+    def extract_features_scriptable(
+        self, prev_output_tokens, encoder_out, incremental_state=None, *args, **kwargs
+    ):
+        incremental = incremental_state is not None
+        self.hand_down(prev_output_tokens[:, -1:] if incremental else prev_output_tokens)
+        return super().extract_features_scriptable(
+            prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+        )
+
+
+def configure(args: Any, *sides: str) -> TransformerConfig:
+    """fairseq's configuration of a Transformer, with the MoE flags, checked, as its `moe`.
+
+    Args:
+        args: Namespace or DictConfig with every flag.
+        sides: "encoder", "decoder": what the model has; the other's frequency means nothing.
+
+    Raises:
+        ValueError: a flag is out of range; the message names it and the fix.
+    """
+    moe = MoEConfig.from_args(args)
+    for side in {"encoder", "decoder"} - set(sides):
+        flag = f"--{side}-moe-freq"
+        moe.need(getattr(moe, f"{side}_moe_freq") == 0, flag, f"this model has no {side}")
+    moe.check(GATES)
+    cfg = TransformerConfig.from_namespace(args)
+    if cfg.quant_noise.pq and (moe.freq("encoder") or moe.freq("decoder")):
+        raise ValueError(
+            f"--quant-noise-pq {cfg.quant_noise.pq}: quantises the dense FFN, which an MoE "
+            "layer does not have; leave it out, or set --moe-freq 0"
+        )
+    cfg.moe = moe
+    return cfg
+
+
+def evolve(args: Any, *, experts: int) -> None:
+    """Architecture defaults: `experts` in every second layer."""
+    # a frequency given for one side leaves the other dense
+    one_sided = getattr(args, "encoder_moe_freq", 0) or getattr(args, "decoder_moe_freq", 0)
+    args.moe_freq = getattr(args, "moe_freq", 0 if one_sided else 2)
+    args.moe_expert_count = getattr(args, "moe_expert_count", experts)

@@ -1,0 +1,123 @@
+"""`--arch transformer_lm_evomoe*`: the causal language model (GPT) with evolving MoE layers."""
+
+from dataclasses import dataclass, field
+
+from fairseq import options
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    DEFAULT_MAX_TARGET_POSITIONS,
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    transformer_lm_gpt3_medium,
+    transformer_lm_gpt3_small,
+    transformer_lm_gpt3_xl,
+)
+from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve
+
+
+def _default(value, help: str):
+    return field(default=value, metadata={"help": help})
+
+
+@dataclass
+class TransformerLMEvoMoEConfig(MoEConfig, TransformerLanguageModelConfig):
+    """fairseq's flags of a language model and those of the MoE layers.
+
+    The defaults, `--arch transformer_lm_evomoe`: 4 layers of width 256, 4 experts in every second
+    one; trains on a CPU in minutes.
+    """
+
+    moe_freq: int = _default(2, "every n-th layer is an MoE layer; 0: none")
+    moe_expert_count: int = _default(4, "number of experts in each MoE layer")
+    decoder_layers: int = _default(4, "layers")
+    decoder_embed_dim: int = _default(256, "model width")
+    decoder_input_dim: int = _default(0, "width of the input embeddings; 0: the model's")
+    decoder_output_dim: int = _default(0, "width of the output embeddings; 0: the model's")
+    decoder_ffn_embed_dim: int = _default(1024, "hidden width of the FFN")
+    decoder_attention_heads: int = _default(4, "attention heads")
+    decoder_normalize_before: bool = _default(True, "layer norm before each block: a GPT needs it")
+
+
+@register_model("transformer_lm_evomoe", dataclass=TransformerLMEvoMoEConfig)
+class TransformerLMEvoMoEModel(TransformerLanguageModel):
+    """Decoder-only Transformer whose FFNs evolve (arXiv 2112.14397)."""
+
+    @classmethod
+    def hub_models(cls) -> dict[str, str]:
+        return {}
+
+    @classmethod
+    def build_model(cls, args, task):
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        for name in ("decoder_input_dim", "decoder_output_dim"):
+            setattr(args, name, getattr(args, name) or args.decoder_embed_dim)
+        if getattr(args, "max_target_positions", None) is None:
+            args.max_target_positions = getattr(
+                args, "tokens_per_sample", DEFAULT_MAX_TARGET_POSITIONS
+            )
+        if args.base_layers:
+            raise ValueError(
+                f"--base-layers {args.base_layers}: fairseq's own BASE layers need one expert a "
+                "worker; use --moe-gate base"
+            )
+        if args.tie_adaptive_weights and (
+            not args.adaptive_input
+            or args.adaptive_input_factor != args.adaptive_softmax_factor
+            or args.adaptive_input_cutoff != args.adaptive_softmax_cutoff
+            or args.decoder_input_dim != args.decoder_output_dim
+        ):
+            raise ValueError(
+                "--tie-adaptive-weights needs --adaptive-input, and the same factor, cutoff and "
+                "width on both sides"
+            )
+        cfg = configure(args, "decoder")
+        embed_tokens = cls._embed(args, task.source_dictionary)
+        return cls(EvoMoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+
+    @classmethod
+    def _embed(cls, args, dictionary):
+        if args.character_embeddings:
+            return CharacterTokenEmbedder(
+                dictionary,
+                options.eval_str_list(args.character_filters, type=tuple),
+                args.character_embedding_dim,
+                args.decoder_embed_dim,
+                args.char_embedder_highway_layers,
+            )
+        if args.adaptive_input:
+            return AdaptiveInput(
+                len(dictionary),
+                dictionary.pad(),
+                args.decoder_input_dim,
+                args.adaptive_input_factor,
+                args.decoder_embed_dim,
+                options.eval_str_list(args.adaptive_input_cutoff, type=int),
+                args.quant_noise_pq,
+                args.quant_noise_pq_block_size,
+            )
+        return cls.build_embedding(args, dictionary, args.decoder_input_dim)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_small")
+def evomoe_gpt_small(args) -> None:
+    """12 layers of width 768, 16 experts in every second one."""
+    evolve(args, experts=16)
+    transformer_lm_gpt3_small(args)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_medium")
+def evomoe_gpt_medium(args) -> None:
+    """24 layers of width 1024, 16 experts in every second one: the paper's size."""
+    evolve(args, experts=16)
+    transformer_lm_gpt3_medium(args)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_xl")
+def evomoe_gpt_xl(args) -> None:
+    """24 layers of width 2048, 16 experts in every second one."""
+    evolve(args, experts=16)
+    transformer_lm_gpt3_xl(args)

@@ -1,0 +1,184 @@
+"""How E experts arise from the base expert. Letters: D model width, F hidden width, E experts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_evomoe.modules.experts import ExpertBank
+
+MODES = ("mask", "drop", "noise", "copy")
+_CHOICES = {
+    "evo_diversify": MODES,
+    "evo_diversify_grain": ("unit", "weight"),
+    "evo_diversify_weights": ("auto", "fc1", "fc2", "both"),
+    "evo_base_expert": ("exact", "diverse"),
+}
+_PARAMETERS = {"fc1": ("w1", "b1"), "fc2": ("w2", "b2"), "both": ("w1", "b1", "w2", "b2")}
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """What makes the copies of the base expert different.
+
+    Attributes:
+        mode: `mask` silences, `drop` re-initialises from the mean and standard deviation of the
+            base's own weights (Drop-Upcycling, arXiv 2502.19261), `noise` adds noise * std(W) *
+            N(0, 1) to every weight, `copy` changes nothing.
+        ratio: share of hidden units, or of weights, for `mask` and `drop`.
+        grain: `mask` and `drop` act on whole hidden units ("unit") or on single weights ("weight").
+        weights: "fc1" (w1, b1), "fc2" (w2, b2), "both", or "auto": fc2 for `mask`, else both. A
+            unit silenced in fc2 adds nothing to the output yet goes on learning; silenced on both
+            sides a ReLU unit never would.
+        noise: scale for `noise`.
+        keep_base: expert 0 stays as it is; otherwise it becomes a copy like the others.
+    """
+
+    mode: str = "mask"
+    ratio: float = 0.2
+    grain: str = "unit"
+    weights: str = "auto"
+    noise: float = 0.1
+    keep_base: bool = True
+
+    @classmethod
+    def from_flags(cls, cfg) -> "SplitRule":
+        """From the fields of `EvolutionConfig`.
+
+        Raises:
+            ValueError: a flag is out of range; the message names it and the fix.
+        """
+        for field, allowed in _CHOICES.items():
+            if getattr(cfg, field) not in allowed:
+                flag = "--" + field.replace("_", "-")
+                raise ValueError(
+                    f"{flag} {getattr(cfg, field)!r}: choose one of {', '.join(allowed)}"
+                )
+        if not 0 <= cfg.evo_diversify_ratio <= 1:
+            raise ValueError(f"--evo-diversify-ratio {cfg.evo_diversify_ratio}: a share, 0 to 1")
+        if not cfg.evo_diversify_noise >= 0:
+            raise ValueError(f"--evo-diversify-noise {cfg.evo_diversify_noise}: must be >= 0")
+        return cls(
+            mode=cfg.evo_diversify,
+            ratio=cfg.evo_diversify_ratio,
+            grain=cfg.evo_diversify_grain,
+            weights=cfg.evo_diversify_weights,
+            noise=cfg.evo_diversify_noise,
+            keep_base=cfg.evo_base_expert == "exact",
+        )
+
+    def acts_on(self, name: str) -> bool:
+        """Whether parameter `name` (w1, b1, w2, b2) may change."""
+        where = self.weights
+        if where == "auto":
+            where = "fc2" if self.mode == "mask" else "both"
+        return self.mode != "copy" and name in _PARAMETERS[where]
+
+
+class Split:
+    """One layer's split: the same decision for weights, masters and optimizer state.
+
+    Args:
+        rule: what makes copies different.
+        seed: makes the split the same on every worker and in every repetition.
+        experts, hidden: E and F.
+    """
+
+    def __init__(self, rule: SplitRule, *, seed: int, experts: int, hidden: int) -> None:
+        self.rule, self.seed = rule, seed
+        self.copies = range(1 if rule.keep_base else 0, experts)
+        self.units = torch.zeros(experts, hidden, dtype=torch.bool)
+        if rule.mode in ("mask", "drop") and rule.grain == "unit":
+            for e in self.copies:
+                chosen = torch.randperm(hidden, generator=self._generator(e))
+                self.units[e, chosen[: round(rule.ratio * hidden)]] = True
+
+    def _generator(self, expert: int, salt: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 7919 * expert + 104729 * salt)
+
+    def replaced(self, name: str, shape: torch.Size) -> Tensor:
+        """Entries of parameter `name` that are not the base's, bool, of the stacked shape."""
+        rule = self.rule
+        if rule.mode not in ("mask", "drop") or not rule.acts_on(name):
+            return torch.zeros(1, dtype=torch.bool).expand(shape)
+        if rule.grain == "weight":
+            chosen = torch.zeros(shape, dtype=torch.bool)
+            # a bias is no connection: as in unstructured pruning, only matrices are masked
+            for e in self.copies if name in ("w1", "w2") else ():
+                draw = torch.rand(shape[1:], generator=self._generator(e, 11 + _salt(name)))
+                chosen[e] = draw < rule.ratio
+            return chosen
+        if name == "w2":
+            return self.units[:, None, :].expand(shape)
+        if name == "w1":
+            return self.units[:, :, None].expand(shape)
+        return self.units if name == "b1" else torch.zeros(1, dtype=torch.bool).expand(shape)
+
+    @torch.no_grad()
+    def weights_(self, name: str, stacked: Tensor) -> None:
+        """Fill a stacked parameter (E, ...) from its expert 0, in place."""
+        base = stacked[0].float().cpu().clone()
+        replaced = self.replaced(name, stacked.shape)
+        for e in self.copies:
+            new = base.clone()
+            draw = torch.randn(base.shape, generator=self._generator(e, 1 + _salt(name)))
+            if self.rule.mode == "noise" and self.rule.acts_on(name):
+                new += self.rule.noise * base.std() * draw
+            elif self.rule.mode == "drop":
+                new = torch.where(replaced[e], base.mean() + base.std() * draw, new)
+            else:
+                new.masked_fill_(replaced[e], 0)
+            stacked[e].copy_(new)
+
+    @torch.no_grad()
+    def moments_(self, name: str, stacked: Tensor) -> None:
+        """Give every expert the base's optimizer moments (E, ...), zero where weights are new."""
+        stacked[1:] = stacked[:1].clone()
+        stacked.masked_fill_(self.replaced(name, stacked.shape).to(stacked.device), 0)
+
+
+def _salt(name: str) -> int:
+    return _PARAMETERS["both"].index(name)
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How different the experts of a bank are.
+
+    Attributes:
+        drift: |mean of the experts' outputs - base's output| / |base's output| on some inputs.
+        weights: mean cosine of two experts' weights w1, w2, over all pairs.
+        outputs: mean cosine of two experts' outputs.
+    """
+
+    drift: float
+    weights: float
+    outputs: float
+
+    def __str__(self) -> str:
+        return (
+            f"output drift {self.drift:.4f}, mean pairwise cosine of weights {self.weights:.4f}, "
+            f"of outputs {self.outputs:.4f}"
+        )
+
+
+@torch.no_grad()
+def diversity(bank: ExpertBank, x: Tensor, base: Tensor) -> Diversity:
+    """Compare the experts of `bank` on x (T, D), where the base expert gave `base` (T, D)."""
+    outputs = []
+    for e in range(bank.w1.size(0)):
+        h = bank.activation(x @ bank.w1[e].t() + bank.b1[e])
+        outputs.append((h @ bank.w2[e].t() + bank.b2[e]).float())
+    stacked = torch.stack(outputs)
+    base = base.float()
+    drift = (stacked.mean(0) - base).norm() / base.norm().clamp_min(1e-12)
+    weights = torch.cat([bank.w1.flatten(1), bank.w2.flatten(1)], 1).float()
+    return Diversity(float(drift), _mean_cosine(weights), _mean_cosine(stacked.flatten(1)))
+
+
+def _mean_cosine(rows: Tensor) -> float:
+    if len(rows) < 2:
+        return 1.0
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    gram = unit @ unit.t()
+    return float((gram.sum() - gram.trace()) / (len(rows) * (len(rows) - 1)))

@@ -43,14 +43,21 @@ setup(
         "fairseq-fixed==0.12.3.1",
         "numpy>=1.26",
         "sacrebleu>=2.4",
+        "scipy>=1.11",
         "sentencepiece>=0.2",
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
+        "export": ["safetensors"],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
     },
-    entry_points={"console_scripts": ["evomoe-average=fairseq_evomoe.tools.average:main"]},
+    entry_points={
+        "console_scripts": [
+            f"evomoe-{name}=fairseq_evomoe.tools.{name}:main"
+            for name in ("average", "export", "prune", "upcycle")
+        ]
+    },
 )

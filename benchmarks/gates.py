@@ -83,6 +83,7 @@ TASKS: dict[str, dict] = {
         "flags": (
             *("--task", "language_modeling_evomoe", "--tokens-per-sample", "128"),
             *("--arch", "transformer_lm_evomoe", "--share-decoder-input-output-embed"),
+            *("--decoder-normalize-before",),
             *("--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "512"),
             *("--criterion", "moe_cross_entropy", "--dropout", "0.1"),
             *("--lr", "3e-3", "--warmup-updates", "100", "--max-tokens", "2048"),

@@ -179,14 +179,9 @@ def _field(flag: str) -> str:
 
 
 @dataclass
-class EvolutionConfig(FairseqDataclass):
-    """When the experts split and how the gate cools: a part of every task's configuration."""
+class SplitConfig(FairseqDataclass):
+    """How the base expert becomes many."""
 
-    evo_spawn_update: int = _flag(
-        -1,
-        "update at which the base expert splits into all; 0: independent experts from the start; "
-        "-1: a tenth of --max-update for --moe-gate dts, 0 for the others",
-    )
     evo_diversify: str = _flag(
         "mask", "how copies of the base expert are made different: mask, drop, noise or copy"
     )
@@ -206,6 +201,17 @@ class EvolutionConfig(FairseqDataclass):
     )
     evo_diversify_noise: float = _flag(
         0.1, "noise: standard deviation of what is added, in units of the weights' own"
+    )
+
+
+@dataclass
+class EvolutionConfig(SplitConfig):
+    """When the experts split and how the gate cools: a part of every task's configuration."""
+
+    evo_spawn_update: int = _flag(
+        -1,
+        "update at which the base expert splits into all; 0: independent experts from the start; "
+        "-1: a tenth of --max-update for --moe-gate dts, 0 for the others",
     )
     dts_temperature_start: float = _flag(2.0, "softmax temperature of the gate at the split")
     dts_temperature_end: float = _flag(0.3, "softmax temperature of the gate after annealing")

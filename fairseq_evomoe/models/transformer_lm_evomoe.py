@@ -38,7 +38,6 @@ class TransformerLMEvoMoEConfig(MoEConfig, TransformerLanguageModelConfig):
     decoder_output_dim: int = _default(0, "width of the output embeddings; 0: the model's")
     decoder_ffn_embed_dim: int = _default(1024, "hidden width of the FFN")
     decoder_attention_heads: int = _default(4, "attention heads")
-    decoder_normalize_before: bool = _default(True, "layer norm before each block: a GPT needs it")
 
 
 @register_model("transformer_lm_evomoe", dataclass=TransformerLMEvoMoEConfig)

@@ -106,8 +106,12 @@ class EvoMoELayer(RecordingLayer):
 
     def set_extra_state(self, state: Tensor) -> None:
         num_updates, stage, temperature, spawned = state.tolist()
-        self.num_updates, self.spawned = int(num_updates), bool(spawned)
-        self._saved = Clock(Stage(int(stage)), temperature)
+        clock = Clock(Stage(int(stage)), temperature)
+        self.restore(int(num_updates), clock, spawned=bool(spawned))
+
+    def restore(self, num_updates: int, clock: Clock, *, spawned: bool) -> None:
+        """Stand where a checkpoint says: `clock` holds unless a schedule is followed."""
+        self.num_updates, self.spawned, self._saved = num_updates, spawned, clock
 
     def reset_normal_(self, std: float) -> None:
         """BERT's initial weights for the experts, as fairseq gives them to its linear layers."""
@@ -192,3 +196,8 @@ class EvoMoELayer(RecordingLayer):
                 *(spread, dropped, values.detach()),
             )
         return attach(y, values, self.port) if training else y
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, EvoMoELayer]]:
+    """The MoE layers of a model, wrapped for data parallel or not, with their module names."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, EvoMoELayer)]

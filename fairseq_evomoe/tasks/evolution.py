@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.config import EvolutionConfig
 from fairseq_evomoe.modules.gates import Gate, ScoreGate, StableGate
-from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.split import Diversity, SplitRule, diversity
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
@@ -57,11 +57,6 @@ def check_flags(cfg: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
         shape=cfg.dts_temperature_schedule,
         max_update=cfg.max_update,
     )
-
-
-def moe_layers(model: nn.Module) -> list[tuple[str, EvoMoELayer]]:
-    """The MoE layers of a model, wrapped for data parallel or not, with their module names."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, EvoMoELayer)]
 
 
 class EvolutionMixin:

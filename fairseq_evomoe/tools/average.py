@@ -6,7 +6,6 @@ and after the split of the experts, or with different stages, are refused.
 """
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fairseq_evomoe import compat
-
-_EXTRA = "_extra_state"
+from fairseq_evomoe.tools.checkpoint import EXTRA, command, load, refuse_existing, write
 
 
 def newest(folder: Path, count: int) -> list[Path]:
@@ -42,11 +39,6 @@ def newest(folder: Path, count: int) -> list[Path]:
     return [path for *_, path in sorted(finer)[-count:]]
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, under torch's restrictions on what it may contain."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def average(paths: Sequence[Path]) -> dict[str, Any]:
     """The last checkpoint's contents, with the mean weights of all.
 
@@ -55,8 +47,8 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     """
     result = load(paths[-1])
     model = result["model"]
-    stages = {k: v[1:2].tolist() for k, v in model.items() if k.endswith(_EXTRA)}
-    floating = [k for k, v in model.items() if v.is_floating_point() and not k.endswith(_EXTRA)]
+    stages = {k: v[1:2].tolist() for k, v in model.items() if k.endswith(EXTRA)}
+    floating = [k for k, v in model.items() if v.is_floating_point() and not k.endswith(EXTRA)]
     total = {k: torch.zeros_like(model[k], dtype=torch.float32) for k in floating}
     for path in tqdm(paths, unit="checkpoint", disable=None):
         other = load(path)["model"]
@@ -76,39 +68,26 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     return result
 
 
-def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Save under a temporary name, then rename: a killed run leaves no half file.
+def run(args: argparse.Namespace) -> None:
+    paths = args.inputs
+    if args.last is not None:
+        if len(paths) != 1 or not paths[0].is_dir() or args.last < 1:
+            raise ValueError("--last N (1 or more) goes with exactly one folder")
+        paths = newest(paths[0], args.last)
+    refuse_existing(args.output)
+    write(average(paths), args.output)
 
-    Raises:
-        FileExistsError: `path` exists.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists and is not overwritten: remove it, or choose another")
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    made.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or one folder and --last")
+    made.add_argument("--last", type=int, help="the newest N numbered checkpoints of the folder")
+    made.add_argument("--output", type=Path, required=True)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="evomoe-average", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "inputs", nargs="+", type=Path, help="checkpoints, or one folder and --last"
-    )
-    parser.add_argument("--last", type=int, help="the newest N numbered checkpoints of the folder")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(argv)
-    compat.mend()
-    try:
-        paths = args.inputs
-        if args.last is not None:
-            if len(paths) != 1 or not paths[0].is_dir() or args.last < 1:
-                parser.error("--last N (1 or more) goes with exactly one folder")
-            paths = newest(paths[0], args.last)
-        if args.output.exists():
-            raise FileExistsError(f"{args.output} exists and is not overwritten: remove it first")
-        write(average(paths), args.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"evomoe-average: {error}\n")
+    command("evomoe-average", parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from fairseq_evomoe.criterions.routing_metrics import (
     RoutingLosses,
     log_routing,
 )
-from fairseq_evomoe.tasks.evolution import moe_layers
+from fairseq_evomoe.modules.moe_layer import moe_layers
 
 KEYS = {
     *("moe_stage", "moe_temperature", "moe_active_experts", "moe_gate_loss", "moe_z_loss"),

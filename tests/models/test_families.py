@@ -10,7 +10,8 @@ from fairseq.tasks import TASK_REGISTRY
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.modules.gates import GATES
-from fairseq_evomoe.tasks.evolution import EvolutionMixin, moe_layers
+from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.tasks.evolution import EvolutionMixin
 
 STAGES = ("--evo-spawn-update", 3, "--dts-anneal-updates", 3, "--dts-hard-update", 7)
 SIZES = {

@@ -6,7 +6,7 @@ from conftest import build, valid_batch
 from fairseq.data import data_utils
 
 from fairseq_evomoe.modules.gates import GATES
-from fairseq_evomoe.tasks.evolution import moe_layers
+from fairseq_evomoe.modules.moe_layer import moe_layers
 
 STAGES = {"diversify": 0, "sparsify": 12, "hard": 99}
 CASES = [("dts", stage) for stage in STAGES]

@@ -5,7 +5,7 @@ import torch
 from conftest import build, valid_batch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from fairseq_evomoe.tasks.evolution import moe_layers
+from fairseq_evomoe.modules.moe_layer import moe_layers
 
 ARCHITECTURES = {
     "transformer_evomoe": (3, 256, 512, 4),

@@ -7,8 +7,8 @@ from fairseq import optim
 from fairseq.optim.fp16_optimizer import FP16Optimizer, MemoryEfficientFP16Optimizer
 from fairseq.trainer import Trainer
 
+from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.split import SplitRule
-from fairseq_evomoe.tasks.evolution import moe_layers
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
 NAMES = ("w1", "b1", "w2", "b2")

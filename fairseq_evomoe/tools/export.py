@@ -1,0 +1,160 @@
+"""`evomoe-export`: a checkpoint as safetensors and JSON, and back, bit for bit.
+
+A folder holds `model.safetensors` (weights, evolution state) and `config.json` (every flag, number
+of updates, which tensors are one and the same). No pickle: safe to share and to read elsewhere.
+Optimizer state stays behind. Given such a folder, the tool writes the checkpoint again.
+"""
+
+import argparse
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fairseq_evomoe.tools.checkpoint import command, flags_of, load, refuse_existing, write
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = "fairseq_evomoe checkpoint 1"
+_KEPT = ("args", "cfg", "optimizer_history", "task_state")
+_TAG = "__python__"
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError("needs safetensors: pip install 'fairseq-evomoe[export]'") from error
+    return safetensors.torch
+
+
+def encode(value: Any) -> Any:
+    """Plain Python data as JSON that `decode` turns into the same again.
+
+    Raises:
+        ValueError: something else than numbers, text, containers and Namespaces.
+    """
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [encode(v) for v in value]
+    if isinstance(value, tuple):
+        return {_TAG: "tuple", "items": [encode(v) for v in value]}
+    if isinstance(value, Namespace):
+        return {_TAG: "Namespace", "items": encode(vars(value))}
+    if isinstance(value, dict):
+        if all(isinstance(k, str) for k in value) and _TAG not in value:
+            return {k: encode(v) for k, v in value.items()}
+        return {_TAG: "dict", "items": [[encode(k), encode(v)] for k, v in value.items()]}
+    raise ValueError(f"cannot write a {type(value).__name__} as JSON: {value!r:.80}")
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_TAG)
+    if kind is None:
+        return {k: decode(v) for k, v in value.items()}
+    if kind == "tuple":
+        return tuple(decode(v) for v in value["items"])
+    if kind == "Namespace":
+        return Namespace(**decode(value["items"]))
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in value["items"]}
+    raise ValueError(f"{CONFIG} holds an unknown {_TAG} {kind!r}")
+
+
+def export(source: Path, folder: Path) -> None:
+    """Write the checkpoint `source` as a folder.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: the checkpoint holds what JSON cannot.
+    """
+    safetensors = _safetensors()
+    refuse_existing(folder)
+    checkpoint = load(source)
+    flags_of(checkpoint)
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, value in checkpoint["model"].items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = value.contiguous().clone()
+    config = {
+        "format": FORMAT,
+        "order": list(checkpoint["model"]),
+        "tied": tied,
+        **{k: encode(checkpoint[k]) for k in _KEPT if k in checkpoint},
+    }
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    safetensors.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    partial.rename(folder)
+
+
+def restore(folder: Path) -> dict[str, Any]:
+    """The checkpoint that an exported folder holds.
+
+    Raises:
+        ValueError: the folder is not one of ours, or its two files do not fit together.
+    """
+    safetensors = _safetensors()
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}: it was not written by evomoe-export")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} is not of format {FORMAT!r}")
+    tensors = safetensors.load_file(folder / WEIGHTS)
+    tied = config["tied"]
+    model = {}
+    for name in config["order"]:
+        origin = tied.get(name, name)
+        if origin not in tensors:
+            raise ValueError(f"{folder / WEIGHTS} lacks {origin}")
+        model[name] = tensors[origin]
+    checkpoint = {k: decode(config[k]) for k in _KEPT if k in config}
+    return {**checkpoint, "model": model, "extra_state": {}}
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.source.is_dir():
+        refuse_existing(args.output)
+        write(restore(args.source), args.output)
+    else:
+        export(args.source, args.output)
+    print(f"wrote {args.output}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    made.add_argument("source", type=Path, help="a checkpoint, or an exported folder")
+    made.add_argument("--output", type=Path, required=True, help="the folder, or the checkpoint")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command("evomoe-export", parser(), run, argv)
+
+
+if __name__ == "__main__":
+    main()

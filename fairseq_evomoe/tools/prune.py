@@ -1,0 +1,240 @@
+"""`evomoe-prune`: drop the experts that a validation set hardly uses.
+
+One pass counts how many (token, expert) pairs each expert gets; every MoE layer then keeps its
+most used experts, the same number in each, and a second pass measures what that costs. Both losses
+are printed. Optimizer state stays behind. Hash gates are refused: each of their experts has words
+that nobody else knows.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.logging import metrics
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.modules.gates import HashGate
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
+from fairseq_evomoe.tools.checkpoint import (
+    command,
+    flags_of,
+    load,
+    refuse_existing,
+    with_flags,
+    write,
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a pass over a validation set saw.
+
+    Attributes:
+        loss: the task's, as fairseq-validate prints it.
+        load: layer name -> share of the layer's pairs on each expert, (E,).
+    """
+
+    loss: float
+    load: dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, task: Any, cfg: Any, *, subset: str, max_tokens: int) -> Usage:
+    """One pass over `subset`: the loss, and the load of each expert.
+
+    Raises:
+        ValueError: the set is empty.
+    """
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if cuda:
+        model.cuda()
+    model.eval()
+    layers = dict(moe_layers(model))
+    load = {n: torch.zeros(m.cfg.moe_expert_count, dtype=torch.float64) for n, m in layers.items()}
+
+    def count(name: str):
+        def hook(gate, args, plan):
+            load[name] += plan.active.sum(0).cpu()
+
+        return hook
+
+    hooks = [m.gate.register_forward_hook(count(n)) for n, m in layers.items()]
+    criterion = task.build_criterion(cfg.criterion)
+    batches = task.get_batch_iterator(
+        dataset=task.dataset(subset),
+        max_tokens=max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        required_batch_size_multiple=1,
+        ignore_invalid_inputs=True,
+        # a second pass must not be a second epoch: a masked LM would hide other words
+        disable_iterator_cache=True,
+    ).next_epoch_itr(shuffle=False)
+    logs = []
+    try:
+        for sample in tqdm(batches, desc=subset, unit="batch", disable=None):
+            sample = utils.move_to_cuda(sample) if cuda else sample
+            logs.append(task.valid_step(sample, model, criterion)[2])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not logs:
+        raise ValueError(f"--valid-subset {subset}: no batch fits; raise --max-tokens")
+    with metrics.aggregate() as seen:
+        task.reduce_metrics(logs, criterion)
+    share = {n: x / x.sum().clamp(min=1) for n, x in load.items()}
+    return Usage(float(seen.get_smoothed_values()["loss"]), share)
+
+
+def keep_most_used(
+    load: dict[str, Tensor], *, keep: int | None, min_share: float
+) -> dict[str, list[int]]:
+    """Experts that stay, in order: layer name -> list of indices, equally many in each layer.
+
+    Args:
+        load: layer name -> shares, (E,).
+        keep: that many; None: as many as the layer that needs most has with a share of at least
+            `min_share` / E.
+
+    Raises:
+        ValueError: `keep` is not in 1 to E.
+    """
+    experts = len(next(iter(load.values())))
+    if keep is None:
+        keep = max(int((share >= min_share / experts).sum()) for share in load.values())
+    if not 1 <= keep <= experts:
+        raise ValueError(f"--keep {keep}: choose 1 to {experts}, the number of experts")
+    most = {n: share.sort(descending=True, stable=True).indices for n, share in load.items()}
+    return {n: sorted(order[:keep].tolist()) for n, order in most.items()}
+
+
+def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: list[int]) -> None:
+    """Cut one layer's entries of a model's state down to the `kept` experts, in place."""
+    rows = torch.tensor(kept)
+    # a shared expert stands before the routed ones and stays
+    bank = torch.tensor([0, *(e + 1 for e in kept)]) if layer.experts.shared else rows
+    for part in ("w1", "b1", "w2", "b2"):
+        key = f"{name}.experts.{part}"
+        state[key] = state[key][bank].clone()
+    for part in ("weight", "bias_steps", "distilled"):
+        key = f"{name}.gate.{part}"
+        if key in state:
+            state[key] = state[key][rows].clone()
+    table = f"{name}.gate.table"
+    if table in state and (state[table] >= 0).all():
+        router = state[f"{name}.gate.words"].float() @ state[f"{name}.gate.distilled"].float().t()
+        state[table] = router.argmax(-1)
+
+
+def prune(
+    path: Path,
+    *,
+    keep: int | None,
+    min_share: float,
+    subset: str,
+    max_tokens: int,
+    data: str | None = None,
+    cpu: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the pruned checkpoint, a report with the losses before and after).
+
+    Raises:
+        ValueError: the model has no experts to drop, or its gate cannot lose any.
+    """
+    checkpoint = load(path)
+    overrides = {"data": data} if data else None
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    layers = dict(moe_layers(model))
+    if not layers:
+        raise ValueError(f"{path} holds no MoE layer")
+    if any(isinstance(m.gate, HashGate) for m in layers.values()):
+        raise ValueError("--moe-gate hash: its experts have words of their own, none can go")
+    cfg.common.cpu = cpu or cfg.common.cpu
+    task.load_dataset(subset)
+    before = measure(model, task, cfg, subset=subset, max_tokens=max_tokens)
+    kept = keep_most_used(before.load, keep=keep, min_share=min_share)
+
+    experts = next(iter(layers.values())).cfg.moe_expert_count
+    left = len(next(iter(kept.values())))
+    flags = flags_of(checkpoint)
+    moe = MoEConfig.from_args(model_flags := cfg.model)
+    changes: dict[str, Any] = {"moe_expert_count": left}
+    if not moe.dts_parity and moe.moe_gate == "dts":
+        # the threshold is relative to 1/E: hold its absolute value
+        changes["dts_threshold"] = moe.threshold * left
+    changes["dts_max_experts"] = min(moe.dts_max_experts, left)
+    for name, layer in layers.items():
+        prune_state(checkpoint["model"], layer, name, kept[name])
+    checkpoint["cfg"]["model"] = with_flags(flags, **changes)
+    checkpoint.pop("last_optimizer_state", None)
+
+    for key, value in changes.items():
+        setattr(model_flags, key, value)
+    smaller = task.build_model(model_flags, from_checkpoint=True)
+    smaller.load_state_dict(checkpoint["model"], strict=True)
+    after = measure(smaller, task, cfg, subset=subset, max_tokens=max_tokens)
+    report = {
+        "subset": subset,
+        "experts_before": experts,
+        "experts_after": left,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "kept": kept,
+        "load_before": {n: [round(v, 5) for v in x.tolist()] for n, x in before.load.items()},
+    }
+    return checkpoint, report
+
+
+def run(args: argparse.Namespace) -> None:
+    refuse_existing(args.output)
+    if args.min_share < 0:
+        raise ValueError(f"--min-share {args.min_share}: must be >= 0")
+    checkpoint, report = prune(
+        args.checkpoint,
+        keep=args.keep,
+        min_share=args.min_share,
+        subset=args.valid_subset,
+        max_tokens=args.max_tokens,
+        data=args.data,
+        cpu=args.cpu,
+    )
+    write(checkpoint, args.output)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"wrote {args.output}: {report['experts_before']} -> {report['experts_after']} experts a "
+        f"layer; loss on {report['subset']} {report['loss_before']} -> {report['loss_after']}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    made.add_argument("checkpoint", type=Path)
+    made.add_argument("--output", type=Path, required=True)
+    made.add_argument("--data", help="binarised data; default: the folder named in the checkpoint")
+    made.add_argument("--valid-subset", default="valid")
+    made.add_argument("--max-tokens", type=int, default=4096, help="tokens a batch")
+    made.add_argument("--keep", type=int, help="experts to keep in each layer")
+    made.add_argument(
+        "--min-share",
+        type=float,
+        default=0.1,
+        help="without --keep: keep experts with at least this share of the even load 1/E",
+    )
+    made.add_argument("--json", type=Path, help="write the report there as well")
+    made.add_argument("--cpu", action="store_true")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command("evomoe-prune", parser(), run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""`evomoe-upcycle`: a dense checkpoint becomes a mixture of experts that training continues from.
+
+Each chosen feed-forward network becomes the base expert of an MoE layer and is split, as at
+`--evo-spawn-update` in the middle of a run (EvoMoE, arXiv 2112.14397; sparse upcycling, arXiv
+2212.05055). Dense models of fairseq (transformer, transformer_lm, roberta) and of this package
+with `--moe-freq 0` are understood. With `--evo-diversify copy` and a gate whose weights sum to 1
+the output does not change. Adam's moments go along: the base expert's for every copy, zero for
+the gate; `--no-optimizer-state` leaves them out.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq_evomoe.config import MoEConfig, SplitConfig
+from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.modules.split import Split, SplitRule
+from fairseq_evomoe.schedule import Stage
+from fairseq_evomoe.tools.checkpoint import (
+    command,
+    flags_of,
+    load,
+    model_class,
+    refuse_existing,
+    with_flags,
+    write,
+)
+
+FAMILIES = {
+    TransformerModel: "transformer_evomoe",
+    TransformerLanguageModel: "transformer_lm_evomoe",
+    RobertaModel: "roberta_evomoe",
+}
+CRITERIONS = {
+    "CrossEntropyCriterion": "MoECrossEntropyCriterion",
+    "LabelSmoothedCrossEntropyCriterion": "MoELabelSmoothedCrossEntropyCriterion",
+    "MaskedLmLoss": "MoEMaskedLMCriterion",
+}
+_DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
+
+
+def target_model(flags: Any) -> str:
+    """Name of our model for the family of a dense one.
+
+    Raises:
+        ValueError: the model is of another family, or has experts already.
+    """
+    cls = model_class(flags)
+    ours = cls.__module__.startswith("fairseq_evomoe.")
+    for base, name in FAMILIES.items():
+        if cls is base or (ours and issubclass(cls, base)):
+            return name
+    known = ", ".join(c.__name__ for c in FAMILIES)
+    raise ValueError(f"{cls.__name__} cannot be upcycled: only {known} and our own dense models")
+
+
+class Upcycled:
+    """A dense model and the MoE model that grows from it.
+
+    Args:
+        dense: with its weights.
+        grown: of the same sizes, freshly built; receives the weights.
+        rule, seed: how experts are made different.
+
+    Raises:
+        ValueError: the experts would have another width than the dense network.
+    """
+
+    def __init__(self, dense: nn.Module, grown: nn.Module, rule: SplitRule, seed: int) -> None:
+        self.dense, self.grown = dense, grown
+        # parameter of the grown model -> (parameter of the dense one, split, its short name)
+        self.origin: dict[str, tuple[str, Split, str]] = {}
+        layers = dict(moe_layers(grown))
+        if not layers:
+            raise ValueError("--moe-freq: no layer would become an MoE layer; give 1 or 2")
+        for name, layer in layers.items():
+            split = layer.split(rule, seed=seed)
+            parent = name.removesuffix("moe_layer")
+            for short, old in _DENSE.items():
+                self.origin[f"{name}.experts.{short}"] = (parent + old, split, short)
+        self.layers = layers
+
+    def weights(self) -> None:
+        """Fill the grown model's weights from the dense model's, experts split."""
+        source = self.dense.state_dict()
+        target = self.grown.state_dict()
+        mine = tuple(f"{name}." for name in self.layers)
+        for name, value in tqdm(target.items(), unit="tensor", disable=None):
+            if name in self.origin:
+                old, split, short = self.origin[name]
+                if value.shape[1:] != source[old].shape:
+                    raise ValueError(
+                        f"--moe-expert-ffn-dim: {old} is {tuple(source[old].shape)}, an expert "
+                        f"would be {tuple(value.shape[1:])}; leave the flag out"
+                    )
+                value[0].copy_(source[old])
+                split.weights_(short, value)
+            elif not name.startswith(mine):
+                value.copy_(source[name])
+
+    def moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The dense model's optimizer state, rearranged for the grown model.
+
+        Raises:
+            ValueError: the state is laid out in a way that this tool does not know.
+        """
+        old = [(n, p) for n, p in self.dense.named_parameters() if p.requires_grad]
+        new = [(n, p) for n, p in self.grown.named_parameters() if p.requires_grad]
+        flat = len(state["state"]) == 1 < len(old)
+        known = dict(_by_parameter(state["state"], old, flat))
+        like = next(iter(known.values()))
+        made = []
+        for name, p in new:
+            source, split, short = self.origin.get(name, (name, None, ""))
+            if source in known:
+                made.append(_split_moments(known[source], p, split, short))
+            else:
+                # the gate is new: moments of 0, as if no gradient had come yet
+                made.append(
+                    {
+                        k: torch.zeros_like(p, dtype=v.dtype) if _is_moment(v) else v
+                        for k, v in like.items()
+                    }
+                )
+        if flat:
+            joined = {
+                k: torch.cat([m[k].flatten() for m in made]) if _is_moment(v) else v
+                for k, v in like.items()
+            }
+            return {**state, "state": {0: joined}}
+        (group, *others) = state["param_groups"]
+        if others:
+            raise ValueError(
+                "the optimizer has several parameter groups; upcycle with --no-optimizer-state"
+            )
+        groups = [{**group, "params": list(range(len(new)))}]
+        return {**state, "state": dict(enumerate(made)), "param_groups": groups}
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _by_parameter(
+    state: dict[int, dict[str, Any]], parameters: list[tuple[str, nn.Parameter]], flat: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, its optimizer state) from one entry a parameter or from one flat entry for all."""
+    sizes = [p.numel() for _, p in parameters]
+    found = [v for entry in state.values() for v in entry.values() if _is_moment(v)]
+    expected = [sum(sizes)] if flat else sizes
+    if len(state) != len(expected) or {v.numel() for v in found} != set(expected):
+        raise ValueError(
+            "the optimizer state does not fit the model's parameters; upcycle with "
+            "--no-optimizer-state"
+        )
+    if not flat:
+        yield from zip((n for n, _ in parameters), state.values(), strict=True)
+        return
+    (whole,) = state.values()
+    offset = 0
+    for (name, p), size in zip(parameters, sizes, strict=True):
+        part = slice(offset, offset + size)
+        yield name, {k: v[part].view(p.shape) if _is_moment(v) else v for k, v in whole.items()}
+        offset += size
+
+
+def _split_moments(
+    entry: dict[str, Any], p: nn.Parameter, split: Split | None, short: str
+) -> dict[str, Any]:
+    if split is None:
+        return entry
+    made = dict(entry)
+    for key, value in entry.items():
+        if _is_moment(value):
+            made[key] = value[None].expand(p.shape).clone()
+            split.moments_(short, made[key])
+    return made
+
+
+def upcycle(
+    path: Path,
+    moe: dict[str, Any],
+    rule: SplitRule,
+    *,
+    seed: int,
+    temperature: float,
+    data: str | None = None,
+    optimizer_state: bool = True,
+) -> dict[str, Any]:
+    """The checkpoint of a mixture of experts grown from the dense checkpoint at `path`.
+
+    Args:
+        moe: MoE flags, as in `MoEConfig`.
+        rule, seed: how experts are made different.
+        temperature: that the DTS gate shall have if no schedule says otherwise.
+        data: folder with the dictionaries; None: the one named in the checkpoint.
+        optimizer_state: carry it over.
+
+    Raises:
+        ValueError: the model cannot be upcycled; the message says why.
+    """
+    checkpoint = load(path)
+    flags = flags_of(checkpoint)
+    name = target_model(flags)
+    overrides = {"data": data} if data else None
+    (dense,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    if moe_layers(dense):
+        raise ValueError(f"{path} has experts already")
+    flags = with_flags(flags, _name=name, arch=name, **moe)
+    torch.manual_seed(seed)
+    grown = task.build_model(_built(flags), from_checkpoint=True)
+    plan = Upcycled(dense, grown, rule, seed)
+    plan.weights()
+    history = checkpoint.get("optimizer_history") or [{}]
+    updates = history[-1].get("num_updates", 0)
+    for layer in plan.layers.values():
+        layer.restore(updates, Clock(Stage.SPARSIFY, temperature), spawned=True)
+
+    checkpoint["model"] = grown.state_dict()
+    checkpoint["cfg"]["model"] = flags
+    optimizer = checkpoint.pop("last_optimizer_state", None)
+    if optimizer and optimizer_state:
+        checkpoint["last_optimizer_state"] = plan.moments(optimizer)
+        criterion = history[-1].get("criterion_name")
+        history[-1]["criterion_name"] = CRITERIONS.get(criterion, criterion)
+    return checkpoint
+
+
+def _built(flags: Any) -> Any:
+    """Flags as `build_model` wants them: fairseq hands dataclass models a DictConfig."""
+    return OmegaConf.create(flags) if isinstance(flags, dict) else flags
+
+
+def run(args: argparse.Namespace) -> None:
+    refuse_existing(args.output)
+    rule = SplitRule.from_flags(args)
+    moe = MoEConfig.from_args(args)
+    if not (moe.moe_freq or moe.encoder_moe_freq or moe.decoder_moe_freq):
+        moe.moe_freq = 2
+    flags = {k: v for k, v in vars(moe).items() if k != "_name"}
+    checkpoint = upcycle(
+        args.checkpoint,
+        flags,
+        rule,
+        seed=args.seed,
+        temperature=args.temperature,
+        data=args.data,
+        optimizer_state=args.optimizer_state,
+    )
+    write(checkpoint, args.output)
+    kept = "last_optimizer_state" in checkpoint
+    updates = (checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
+    print(f"wrote {args.output}; to continue, add to the dense run's flags:")
+    print(
+        f"  --user-dir fairseq_evomoe --task <its task>_evomoe --criterion moe_<its criterion> "
+        f"--arch {checkpoint_model(checkpoint)} <its sizes> --moe-gate {moe.moe_gate} "
+        f"--moe-expert-count {moe.moe_expert_count} --restore-file {args.output} "
+        + (f"--evo-spawn-update {updates}" if kept else "--evo-spawn-update 0 --reset-optimizer")
+    )
+
+
+def checkpoint_model(checkpoint: dict[str, Any]) -> str:
+    return target_model(flags_of(checkpoint))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], conflict_handler="resolve")
+    made.add_argument("checkpoint", type=Path, help="dense checkpoint")
+    made.add_argument("--output", type=Path, required=True)
+    made.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument(
+        "--temperature", type=float, default=2.0, help="of the DTS gate until a schedule sets it"
+    )
+    made.add_argument("--no-optimizer-state", dest="optimizer_state", action="store_false")
+    gen_parser_from_dataclass(made, SplitConfig(), with_prefix="")
+    gen_parser_from_dataclass(made, MoEConfig(moe_expert_count=4), with_prefix="")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command("evomoe-upcycle", parser(), run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""tools/export.py: safetensors and JSON, and back, bit for bit."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import USER_DIR, run, tool, train, train_args
+
+from fairseq_evomoe.tools import export
+
+PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
+
+
+@pytest.fixture(scope="module", params=["translation", "lm", "mlm"])
+def checkpoint(request, toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"export-{request.param}")
+    flags = ("--max-update", 4, "--evo-spawn-update", 1)
+    train(*train_args(toy, folder, *flags, family=request.param))
+    return request.param, folder / "checkpoint_last.pt"
+
+
+def test_there_and_back(checkpoint, tmp_path):
+    """Weights, evolution state, tied tensors and flags return exactly; no pickle in between."""
+    _, path = checkpoint
+    export.main([str(path), "--output", str(tmp_path / "out")])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    export.main([str(tmp_path / "out"), "--output", str(tmp_path / "back.pt")])
+    before = torch.load(path, weights_only=False)
+    after = torch.load(tmp_path / "back.pt", weights_only=False)
+    assert list(before["model"]) == list(after["model"])
+    for name, value in before["model"].items():
+        assert value.dtype == after["model"][name].dtype
+        assert torch.equal(value, after["model"][name]), name
+    assert after["cfg"] == before["cfg"]
+    updates = lambda c: c["optimizer_history"][-1]["num_updates"]
+    assert updates(after) == updates(before) == 4
+    assert "last_optimizer_state" not in after
+
+
+def test_the_restored_checkpoint_works(checkpoint, toy, tmp_path):
+    """fairseq's own commands read it: generate, eval-lm, validate."""
+    family, path = checkpoint
+    export.main([str(path), "--output", str(tmp_path / "out")])
+    export.main([str(tmp_path / "out"), "--output", str(tmp_path / "back.pt")])
+    back = ("--path", tmp_path / "back.pt")
+    if family == "translation":
+        languages = ("-s", "en", "-t", "de", "--beam", "1", "--max-len-b", "5")
+        out = run(tool("fairseq-generate"), toy / "bin", *PLUGIN, *back, *languages)
+        assert "H-0" in out
+    elif family == "lm":
+        flags = ("--tokens-per-sample", "32", "--sample-break-mode", "eos")
+        out = run(tool("fairseq-eval-lm"), toy / "mono", *PLUGIN, *back, *flags)
+        assert "Perplexity" in out
+    else:
+        flags = ("--task", "masked_lm_evomoe", "--max-tokens", "400", "--tokens-per-sample", "32")
+        out = run(tool("fairseq-validate"), toy / "mono", *PLUGIN, *back, *flags)
+        assert "moe_active_experts" in out
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, 2.5, None, True, "x"], "t": (1, (2,))},
+        Namespace(x=1, y=Namespace(z=[(1, 2)])),
+        {1: "int keys", "s": {("a", 1): 2}},
+        {"__python__": "a name of ours"},
+        float("inf"),
+    ],
+    ids=str,
+)
+def test_json_keeps_python_types(value):
+    """What comes back through JSON is equal in value and type."""
+    back = export.decode(json.loads(json.dumps(export.encode(value))))
+    assert back == value and type(back) is type(value)
+
+
+def test_what_json_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="cannot write a Tensor as JSON"):
+        export.encode({"x": torch.zeros(1)})
+
+
+def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, capsys):
+    """Each fault in one line; an existing folder is left alone."""
+    _, path = checkpoint
+    folder = tmp_path / "out"
+    export.main([str(path), "--output", str(folder)])
+
+    def fails(source, output, message):
+        with pytest.raises(SystemExit):
+            export.main([str(source), "--output", str(output)])
+        assert message in capsys.readouterr().err
+
+    fails(path, folder, "is not overwritten")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text("{")
+    fails(folder, tmp_path / "x.pt", "is damaged")
+    (folder / "config.json").write_text(json.dumps({"format": "other"}))
+    fails(folder, tmp_path / "x.pt", "is not of format")
+    changed = json.loads(config)
+    changed["order"].append("more")
+    (folder / "config.json").write_text(json.dumps(changed))
+    fails(folder, tmp_path / "x.pt", "lacks more")
+    (folder / "config.json").unlink()
+    fails(folder, tmp_path / "x.pt", "holds no config.json")
+    torch.save({"no": "model"}, tmp_path / "foreign.pt")
+    fails(tmp_path / "foreign.pt", tmp_path / "y", "is not a checkpoint of fairseq")
+    assert not (tmp_path / "x.pt").exists() and not list(tmp_path.glob("*.partial"))

@@ -1,0 +1,117 @@
+"""tools/prune.py: unused experts go, and the loss before and after is what fairseq prints."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import USER_DIR, run, tool, train, train_args
+from fairseq import checkpoint_utils
+
+from fairseq_evomoe.tools import prune
+from fairseq_evomoe.tools.checkpoint import load, write
+
+PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
+HARD = ("--max-update", 6, "--evo-spawn-update", 1, "--dts-anneal-updates", 2)
+
+
+def pruned(path, out, *flags):
+    report = out.with_suffix(".json")
+    command = (path, "--output", out, "--cpu", "--max-tokens", 400, "--json", report, *flags)
+    prune.main([str(a) for a in command])
+    return json.loads(report.read_text())
+
+
+@pytest.fixture(scope="module", params=["translation", "lm", "mlm"])
+def checkpoint(request, toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"prune-{request.param}")
+    train(*train_args(toy, folder, *HARD, family=request.param))
+    return request.param, folder / "checkpoint_last.pt"
+
+
+def test_losses_are_those_of_fairseq_validate(checkpoint, toy, tmp_path):
+    """Before and after: the loss that the real command prints for the two checkpoints."""
+    family, path = checkpoint
+    report = pruned(path, tmp_path / "p.pt", "--keep", 2)
+    data, task = ("bin", "translation") if family == "translation" else ("mono", family)
+    task = {"lm": "language_modeling", "mlm": "masked_lm"}.get(task, task)
+    lengths = () if family == "translation" else ("--tokens-per-sample", "32")
+    lengths += () if family == "translation" else ("--sample-break-mode", "eos")
+    for file, key in ((path, "loss_before"), (tmp_path / "p.pt", "loss_after")):
+        out = run(
+            *(tool("fairseq-validate"), toy / data, *PLUGIN, "--path", file, "--seed", "7"),
+            *("--task", f"{task}_evomoe", "--max-tokens", "400", "--log-format", "json", *lengths),
+            *("--required-batch-size-multiple", "1"),
+        )
+        printed = json.loads(re.findall(r"\| valid \| (\{.*\})", out)[-1])
+        assert float(printed["valid_loss"]) == pytest.approx(report[key], abs=2e-3)
+    assert (report["experts_before"], report["experts_after"]) == (4, 2)
+    state = load(tmp_path / "p.pt")
+    assert all(v.size(0) == 2 for n, v in state["model"].items() if n.endswith("experts.w1"))
+
+
+def test_an_unused_expert_costs_nothing(toy, tmp_path):
+    """Experts that no token chooses go by default, and the loss stays to the last digit."""
+    train(*train_args(toy, tmp_path, *HARD))
+    checkpoint = load(tmp_path / "checkpoint_last.pt")
+    for name, value in checkpoint["model"].items():
+        if name.endswith("experts.b2"):
+            # whatever experts 1 and 2 say, nobody hears it
+            value[1:3] = 1e6
+        if name.endswith("gate.weight"):
+            value[1:3] = 0
+            value[0] = value[0] * 50 + 1
+            value[3] = -value[0]
+    write(checkpoint, tmp_path / "idle.pt")
+    report = pruned(tmp_path / "idle.pt", tmp_path / "p.pt")
+    assert report["experts_after"] == 2
+    assert all(k == [0, 3] for k in report["kept"].values())
+    assert report["loss_after"] == report["loss_before"]
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "p.pt")])
+    assert model.encoder.layers[1].moe_layer.gate.weight.size(0) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--moe-shared-expert",),
+        ("--moe-gate", "switch", "--moe-balance-bias", 0.1),
+        ("--moe-gate", "stable", "--stable-freeze-update", 2),
+        ("--moe-gate", "base"),
+        ("--evo-spawn-update", 0, "--dts-hard-update", 0),
+    ],
+    ids=str,
+)
+def test_every_kind_of_state_shrinks(toy, tmp_path, flags):
+    """Shared expert, bias, distilled router, soft stage: the smaller model loads and decodes."""
+    train(*train_args(toy, tmp_path, *HARD, *flags))
+    path = tmp_path / "checkpoint_last.pt"
+    report = pruned(path, tmp_path / "p.pt", "--keep", 3)
+    assert report["experts_after"] == 3
+    (old,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    (new,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "p.pt")])
+    for name, kept in report["kept"].items():
+        a, b = old.get_submodule(name), new.get_submodule(name)
+        shared = int("--moe-shared-expert" in flags)
+        rows = [0] * shared + [e + shared for e in kept]
+        assert torch.equal(b.experts.w1, a.experts.w1[rows])
+        assert torch.equal(b.gate.weight, a.gate.weight[kept])
+        assert b.cfg.threshold == pytest.approx(a.cfg.threshold) or flags[0] == "--moe-gate"
+        assert b.clock == a.clock
+
+
+def test_refusals(checkpoint, toy, tmp_path, capsys):
+    """A count out of range, a gate that cannot lose experts, a dense model: named, no file."""
+    _, path = checkpoint
+
+    def fails(path, message, *flags):
+        with pytest.raises(SystemExit):
+            pruned(path, tmp_path / "p.pt", *flags)
+        assert message in capsys.readouterr().err and not (tmp_path / "p.pt").exists()
+
+    fails(path, "--keep 9: choose 1 to 4", "--keep", 9)
+    fails(path, "--min-share -1.0", "--min-share", -1)
+    train(*train_args(toy, tmp_path / "h", "--moe-gate", "hash", "--max-update", 1))
+    fails(tmp_path / "h/checkpoint_last.pt", "--moe-gate hash")
+    train(*train_args(toy, tmp_path / "d", "--moe-freq", 0, "--max-update", 1))
+    fails(tmp_path / "d/checkpoint_last.pt", "holds no MoE layer")

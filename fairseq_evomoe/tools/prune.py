@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.logging import metrics
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_evomoe.config import MoEConfig
@@ -46,7 +46,7 @@ class Usage:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, task: Any, cfg: Any, *, subset: str, max_tokens: int) -> Usage:
+def measure(model: Any, task: Any, cfg: Any, *, subset: str, max_tokens: int) -> Usage:
     """One pass over `subset`: the loss, and the load of each expert.
 
     Raises:

@@ -178,6 +178,21 @@ def test_two_workers_train_as_one(toy, tmp_path):
     assert resumed == have[8:]
 
 
+def test_two_workers_balance_as_one(toy, tmp_path):
+    """The balancing bias follows the load of all workers together: equal biases, equal losses."""
+    flags = ("--moe-gate", "topk", "--moe-balance-bias", 0.1, "--max-update", 7, "--dropout", 0)
+    run(tool("fairseq-train"), *train_args(toy, tmp_path / "1", *flags, "--update-freq", 2))
+    pair = ("--distributed-world-size", 2)
+    run(tool("fairseq-train"), *train_args(toy, tmp_path / "2", *flags, *pair), cwd=tmp_path)
+    states = [
+        torch.load(tmp_path / n / "checkpoint_last.pt", weights_only=False)["model"] for n in "12"
+    ]
+    steps = [k for k in states[0] if k.endswith("bias_steps")]
+    assert len(steps) == 2
+    for key in steps:
+        assert states[0][key].abs().sum() > 0 and torch.equal(states[0][key], states[1][key])
+
+
 def test_bf16_trains(toy, tmp_path):
     """--bf16 trains through the split, masters and all, and does not ask for a TPU."""
     out = run(

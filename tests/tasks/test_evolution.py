@@ -161,6 +161,62 @@ def test_resume_gives_the_same_curve(toy, tmp_path, whole, stop):
         assert {k: a.get(k) for k in keys} == {k: b.get(k) for k in keys}
 
 
+MEMORIES = {
+    "stable": ("--moe-gate", "stable", "--stable-freeze-update", 6),
+    "bias": ("--moe-gate", "switch", "--moe-balance-bias", 0.05),
+    "gshard": ("--moe-gate", "gshard", "--moe-capacity-factor", 1.0),
+    "base": ("--moe-gate", "base"),
+    "shared": (*STAGES, "--moe-shared-expert", "--evo-diversify", "drop"),
+}
+
+
+@pytest.mark.parametrize("gate", MEMORIES)
+def test_resume_of_every_kind_of_gate(toy, tmp_path, gate):
+    """What a gate remembers or draws is in the checkpoint or the seed: the same curve again."""
+    flags = (*MEMORIES[gate], "--max-update", 12, "--dropout", 0.1)
+    rows = train(*train_args(toy, tmp_path / "a", *flags, "--save-interval-updates", 7))
+    (saved,) = (tmp_path / "a").glob("checkpoint_*_7.pt")
+    resumed = train(*train_args(toy, tmp_path / "b", *flags, "--restore-file", saved))
+    keys = [k for k in rows[-1] if k.startswith(("loss", "nll", "moe", "gnorm"))]
+    assert len(resumed) == 5
+    for a, b in zip(rows[7:], resumed, strict=True):
+        assert {k: a.get(k) for k in keys} == {k: b.get(k) for k in keys}
+
+
+@pytest.mark.parametrize("mode", ["mask", "drop", "noise"])
+def test_every_worker_splits_alike(toy, mode):
+    """The split depends on seed, layer and expert alone, not on the state of a random stream."""
+    flags = ("--evo-spawn-update", 5, "--evo-diversify", mode, "--evo-diversify-grain", "weight")
+    banks = []
+    for noise in (3, 4):
+        cfg, task, model = build(toy, *flags)
+        optimizer = optimizer_for("fp32", cfg, model, None)
+        torch.manual_seed(noise), torch.rand(noise)
+        task.evolve(model, optimizer, 5, valid_batch(task))
+        banks.append([dict(layer.experts.named_parameters()) for _, layer in moe_layers(model)])
+    for one, two in zip(*banks, strict=True):
+        assert all(torch.equal(one[n], two[n]) for n in NAMES)
+    first, second = banks[0]
+    changed = [bank["w2"][1] != bank["w2"][0] for bank in (first, second)]
+    assert not torch.equal(*changed) or mode == "noise", "layers differ"
+
+
+def test_the_split_is_measured_and_logged(toy, caplog):
+    """Drift and cosines of each layer on the batch at hand; the random stream stays untouched."""
+    cfg, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify-ratio", 0.5)
+    optimizer = optimizer_for("fp32", cfg, model, None)
+    model.train()
+    before = torch.random.get_rng_state()
+    with caplog.at_level("INFO"):
+        task.evolve(model, optimizer, 5, valid_batch(task))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training and all(m.training for m in model.modules())
+    lines = [r.getMessage() for r in caplog.records if "output drift" in r.getMessage()]
+    assert len(lines) == 2 and "update 5: split encoder.layers.1.moe_layer" in lines[0]
+    drift = float(lines[0].split("output drift ")[1].split(",")[0])
+    assert 0.05 < drift < 1
+
+
 def test_stages_pass_in_one_run(toy, tmp_path):
     """Logged stage, temperature and active experts follow the schedule through all three stages."""
     rows = train(*train_args(toy, tmp_path, *STAGES, "--max-update", 18))

@@ -36,6 +36,11 @@ class MoEConfig(FairseqDataclass):
     )
     moe_top_k: int = _flag(2, "experts per token of --moe-gate topk")
     moe_gate_init_std: float = _flag(0.02, "standard deviation of the gate's initial weights")
+    moe_gate_token_bias: float = _flag(
+        0.0,
+        "dts, dense, switch, gshard, topk, base: add to the logits a learned bias of each token id, "
+        "drawn with this standard deviation, so that words keep their experts; 0: none",
+    )
     moe_capacity_factor: float = _flag(
         0.0,
         "switch, gshard: while training an expert takes at most this many times its even share of "
@@ -155,6 +160,9 @@ class MoEConfig(FairseqDataclass):
             0 <= self.moe_capacity_factor < math.inf, "--moe-capacity-factor", "must be 0 or more"
         )
         self.need(0 <= self.moe_balance_bias < math.inf, "--moe-balance-bias", "must be 0 or more")
+        self.need(
+            0 <= self.moe_gate_token_bias < math.inf, "--moe-gate-token-bias", "must be 0 or more"
+        )
         self.need(
             self.moe_eval_capacity_token_fraction < 0,
             "--moe-eval-capacity-token-fraction",

@@ -47,6 +47,8 @@ class Gate(nn.Module):
     """True where the rule follows the schedule: training without one is a mistake."""
     takes_bias = False
     """True where `--moe-balance-bias` can act: experts are chosen by score."""
+    takes_token_bias = False
+    """True where `--moe-gate-token-bias` can act: there are logits."""
 
     def __init__(self, cfg: MoEConfig, site: Site) -> None:
         super().__init__()
@@ -63,6 +65,11 @@ class Gate(nn.Module):
             cls.takes_bias or not cfg.moe_balance_bias,
             "--moe-balance-bias",
             f"--moe-gate {cfg.moe_gate} does not choose by score; leave it out",
+        )
+        cfg.need(
+            cls.takes_token_bias or not cfg.moe_gate_token_bias,
+            "--moe-gate-token-bias",
+            f"--moe-gate {cfg.moe_gate} has no use for it; leave it out",
         )
 
     def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
@@ -87,9 +94,14 @@ class ScoreGate(Gate):
     `--moe-balance-bias` u: experts are chosen by z + b and weighed by z alone; after every update
     b_e += u sign(mean load - load_e), with the load of all micro-batches and workers (arXiv
     2408.15664; there the scores are probabilities, here logits, so that any rule can use b).
+
+    `--moe-gate-token-bias` s: z = W_g x + U[token id], U (V, E) learned and drawn from N(0, s). A
+    word then tends to the same experts from the first update on, as under a hash gate, and context
+    refines the choice as the router learns.
     """
 
     takes_bias = True
+    takes_token_bias = True
     bias_steps: Tensor
     seen: Tensor
 
@@ -101,10 +113,19 @@ class ScoreGate(Gate):
             # b in steps of u: integers stay exact under .half()
             self.register_buffer("bias_steps", torch.zeros(len(weight), dtype=torch.int64))
             self.register_buffer("seen", torch.zeros_like(self.bias_steps), persistent=False)
+        if cfg.moe_gate_token_bias:
+            if site.dictionary is None:
+                raise ValueError(f"--moe-gate-token-bias: {site.name} does not know its dictionary")
+            words = torch.randn(len(site.dictionary), len(weight), generator=site.generator)
+            self.token_bias = nn.Parameter(words * cfg.moe_gate_token_bias)
 
     def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
+            if self.cfg.moe_gate_token_bias:
+                if tokens is None:
+                    raise ValueError("--moe-gate-token-bias: this layer was given no token ids")
+                logits = logits + F.embedding(tokens.token, self.token_bias.float())
             plan = self.route(logits, logits.softmax(-1), clock, tokens)
         if self.cfg.moe_balance_bias and self.training:
             with torch.no_grad():

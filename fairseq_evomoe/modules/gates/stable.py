@@ -25,7 +25,7 @@ class StableGate(ScoreGate):
     The table is saved with the weights. The authors weigh balance with 0.3.
     """
 
-    takes_bias = False
+    takes_bias = takes_token_bias = False
     changes_over_time = True
     table: Tensor
 

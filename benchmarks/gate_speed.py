@@ -1,0 +1,133 @@
+"""Training speed of every gate in its last stage, side by side.
+
+    python benchmarks/gate_speed.py --task lm --data DIR --csv benchmarks/results/gate_speed.csv
+
+One update (forward, backward, Adam) of the model of `gates.py` on the same batch, gate after gate
+in every round, so that a busy moment of the machine hits all alike; medians over the rounds, and
+the median of each round's ratio to the dense model. Evolving gates stand in their hard stage,
+StableMoE after its freeze, with routers of unit scale: a trained router spreads tokens, a fresh
+one does not.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+from fairseq import options, tasks, utils  # noqa: E402
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
+from fairseq.optim import build_optimizer  # noqa: E402
+from gates import GATES, TASKS, USER_DIR, prepare  # noqa: E402
+from moe_layer import cpu_name  # noqa: E402
+
+FIELDS = (
+    "task gate tokens_per_s ratio_to_dense_p50 ratio_p20 ratio_p80 parameters experts rounds "
+    "threads device torch date"
+).split()
+
+
+class Run:
+    """A model of one gate, ready to be updated again and again on one batch."""
+
+    def __init__(self, task_name: str, gate: str, folder: Path) -> None:
+        setup = TASKS[task_name]
+        flags = [f.format(tenth=10) for f in GATES[gate]]
+        if gate == "expert_choice" and task_name == "multi30k":
+            flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
+        argv = [folder / "bin", "--user-dir", USER_DIR, *setup["flags"], "--optimizer", "adam"]
+        argv += ["--moe-expert-count", setup["experts"], "--max-update", 100, "--cpu", *flags]
+        parser = options.get_training_parser()
+        args = options.parse_args_and_arch(parser, [str(a) for a in argv])
+        cfg = convert_namespace_to_omegaconf(args)
+        utils.set_torch_seed(1)
+        self.task = tasks.setup_task(cfg.task)
+        self.model = self.task.build_model(cfg.model).train()
+        self.criterion = self.task.build_criterion(cfg.criterion)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = sum(p.numel() for p in parameters)
+        self.optimizer = build_optimizer(cfg.optimizer, parameters)
+        for module in self.model.modules():
+            if hasattr(module, "spawned"):
+                module.spawned = True
+                if hasattr(module.gate, "weight"):
+                    torch.nn.init.normal_(module.gate.weight)
+                if hasattr(module.gate, "freeze"):
+                    module.gate.freeze()
+        self.model.set_num_updates(10**6)
+        self.task.load_dataset("train")
+        batches = self.task.get_batch_iterator(
+            self.task.dataset("train"), max_tokens=cfg.dataset.max_tokens, seed=1
+        ).next_epoch_itr(shuffle=True)
+        self.sample = next(iter(batches))
+        self.tokens = self.sample["ntokens"]
+
+    def update(self) -> float:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss, size, _ = self.criterion(self.model, self.sample)
+        (loss / size).backward()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "work/gates")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folder = prepare(args.task, args.data, args.out)
+    names = ["dense", *(g for g in args.gates if g not in ("dense", "dts", "switch_evo"))]
+    runs = {
+        g: Run(args.task, g, folder) for g in names if (args.task, g) != ("lm", "expert_choice")
+    }
+    times: dict[str, list[float]] = {g: [] for g in runs}
+    for turn in range(args.rounds + 1):
+        for gate, run in runs.items():
+            seconds = run.update()
+            if turn:  # the first round warms up
+                times[gate].append(seconds)
+    rows = []
+    for gate, run in runs.items():
+        ratios = sorted(d / t for d, t in zip(times["dense"], times[gate], strict=True))
+        at = lambda q, ratios=ratios: round(ratios[round(q * (len(ratios) - 1))], 3)
+        rows.append(
+            {
+                "task": args.task,
+                "gate": gate,
+                "tokens_per_s": round(run.tokens / statistics.median(times[gate])),
+                "ratio_to_dense_p50": at(0.5),
+                "ratio_p20": at(0.2),
+                "ratio_p80": at(0.8),
+                "parameters": run.parameters,
+                "experts": TASKS[args.task]["experts"],
+                "rounds": args.rounds,
+                "threads": args.threads,
+                "device": cpu_name(),
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
+        print({k: rows[-1][k] for k in FIELDS[:7]})
+    if args.csv:
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="") as f:
+            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ class MoEConfig(FairseqDataclass):
     moe_gate_init_std: float = _flag(0.02, "standard deviation of the gate's initial weights")
     moe_gate_token_bias: float = _flag(
         0.0,
-        "dts, dense, switch, gshard, topk, base: add to the logits a learned bias of each token id, "
+        "dts, dense, switch, gshard, topk, base: add to the logits a learned bias of the token id, "
         "drawn with this standard deviation, so that words keep their experts; 0: none",
     )
     moe_capacity_factor: float = _flag(

@@ -134,13 +134,13 @@ def test_a_masked_sentence_does_not_depend_on_its_batch(masked):
             assert_same(model(real[None])[0][0], together[row, : len(real)])
 
 
-@pytest.mark.parametrize("gate", ["dts", "base", "hash", "gshard"])
+@pytest.mark.parametrize("gate", ["dts", "base", "hash", "gshard", "token bias"])
 def test_a_language_model_is_causal_and_decodes_step_by_step(toy, gate):
     """Later tokens change nothing before them; cached decoding gives the logits of the whole."""
     _, task, model = build(
         toy,
-        *("--moe-gate", gate, "--moe-freq", 1, "--evo-spawn-update", 0),
-        *("--moe-gate-init-std", 0.5),
+        *("--moe-freq", 1, "--evo-spawn-update", 0, "--moe-gate-init-std", 0.5),
+        *(("--moe-gate-token-bias", 1) if gate == "token bias" else ("--moe-gate", gate)),
         family="lm",
     )
     model.set_num_updates(12)

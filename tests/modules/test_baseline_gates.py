@@ -399,3 +399,28 @@ def test_balance_bias_sums_over_workers():
     made(torch.randn(10, D), CLOCK)
     made.move_bias(lambda seen: seen.copy_(torch.tensor([9, 0, 0, 0, 0, 0])))
     assert made.bias_steps.tolist() == [-1, 1, 1, 1, 1, 1]
+
+
+# -- logits that know the token
+
+
+@pytest.mark.parametrize("name", ["dts", "switch", "gshard", "topk", "dense", "base"])
+def test_token_bias(name):
+    """z = W x + U[token]: the same token adds the same logits anywhere, and U learns."""
+    made, tokens = gate(name, training=True, moe_gate_token_bias=1.0), batch(3, 4)
+    x = torch.randn(12, D)
+    plan = made(x, CLOCK, tokens)
+    want = x @ made.weight.t() + made.token_bias[tokens.token]
+    assert torch.allclose(plan.logits, want, atol=1e-5)
+    assert made.token_bias.std().item() == pytest.approx(1.0, rel=0.2)
+    (plan.weights * torch.randn(12, E)).sum().backward()
+    used = made.token_bias.grad.abs().sum(1) > 0
+    assert used.nonzero().squeeze(1).tolist() == sorted(set(tokens.token.tolist()))
+    with pytest.raises(ValueError, match="--moe-gate-token-bias: this layer was given no token"):
+        made(x, CLOCK)
+
+
+@pytest.mark.parametrize("name", ["hash", "stable"])
+def test_token_bias_is_refused_where_tokens_route_anyway(name):
+    with pytest.raises(ValueError, match=f"--moe-gate-token-bias 1.0: --moe-gate {name}"):
+        gate(name, moe_gate_token_bias=1.0)

@@ -7,7 +7,7 @@ when). Field `moe_freq` is flag `--moe-freq`, and so on.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
@@ -17,8 +17,32 @@ def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _field(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
 @dataclass
-class MoEConfig(FairseqDataclass):
+class Flags(FairseqDataclass):
+    """Flags that a model reads from whatever fairseq hands it."""
+
+    @classmethod
+    def from_args(cls, args: Any) -> Self:
+        """Read the fields from a Namespace, DictConfig or TransformerConfig; defaults elsewhere."""
+        read = {f.name: getattr(args, f.name, None) for f in fields(cls) if f.name != "_name"}
+        return cls(**{k: v for k, v in read.items() if v is not None})
+
+    def need(self, ok: bool, flag: str, fix: str) -> None:
+        """Raise the error for a flag's value unless `ok`.
+
+        Raises:
+            ValueError: "FLAG VALUE: FIX".
+        """
+        if not ok:
+            raise ValueError(f"{flag} {getattr(self, _field(flag))}: {fix}")
+
+
+@dataclass
+class MoEConfig(Flags):
     """Where the MoE layers stand, what their experts are, and how the gate chooses."""
 
     moe_freq: int = _flag(0, "every n-th layer of encoder and decoder is an MoE layer; 0: none")
@@ -105,12 +129,6 @@ class MoEConfig(FairseqDataclass):
         -1.0, "accepted when negative: routing is dropless, in evaluation too"
     )
 
-    @classmethod
-    def from_args(cls, args: Any) -> "MoEConfig":
-        """Read the fields from a Namespace, DictConfig or TransformerConfig; defaults elsewhere."""
-        read = {f.name: getattr(args, f.name, None) for f in fields(cls) if f.name != "_name"}
-        return cls(**{k: v for k, v in read.items() if v is not None})
-
     def freq(self, side: str) -> int:
         """Frequency of MoE layers on one side, "encoder" or "decoder"; 0: none."""
         return max(self.moe_freq, getattr(self, f"{side}_moe_freq"))
@@ -172,18 +190,66 @@ class MoEConfig(FairseqDataclass):
         gates[self.moe_gate].check(self)
         return self
 
-    def need(self, ok: bool, flag: str, fix: str) -> None:
-        """Raise the error for a flag's value unless `ok`.
+
+@dataclass
+class MemoryConfig(Flags):
+    """Where look-up layers stand in for linear ones (MemoryFormer), and what they are."""
+
+    memory_ffn: bool = _flag(False, "look-up layers in the place of dense feed-forward networks")
+    memory_attention: bool = _flag(False, "look-up layers in the place of attention's projections")
+    memory_layers: str = _flag(
+        "all", "which layers of encoder and decoder they are in: all, or numbers from 0 like 0,2,3"
+    )
+    memory_bits: int = _flag(8, "values hashed to one row, tau: a table has 2^tau rows")
+    memory_delta: int = _flag(2, "more bits in the second look-up of a memory FFN")
+    memory_score: str = _flag(
+        "prob", "weight of a row: prob (the paper), abs_prob (the official code) or l1"
+    )
+    memory_temperature: float = _flag(1.0, "temperature of the scores prob and abs_prob")
+    memory_norm: str = _flag("layer", "normalisation inside: layer (LayerNorm) or rms (RMSNorm)")
+    memory_out_proj: str = _flag(
+        "none", "output projection of memory attention: none (the paper), dense or memory"
+    )
+    memory_lr_scale: float = _flag(3.0, "learning rate of the tables, in units of --lr, under Adam")
+
+    def layers(self) -> set[int] | None:
+        """Numbers of the layers with look-ups; None: all."""
+        if self.memory_layers == "all":
+            return None
+        return {int(n) for n in self.memory_layers.split(",")}
+
+    def at(self, index: int) -> bool:
+        """Whether layer `index` (from 0) has look-ups, of attention or of the FFN."""
+        chosen = self.layers()
+        return chosen is None or index in chosen
+
+    def check(self) -> Self:
+        """Refuse what cannot work, before anything is built.
 
         Raises:
-            ValueError: "FLAG VALUE: FIX".
+            ValueError: names the flag and the fix.
         """
-        if not ok:
-            raise ValueError(f"{flag} {getattr(self, _field(flag))}: {fix}")
-
-
-def _field(flag: str) -> str:
-    return flag[2:].replace("-", "_")
+        listed = all(n.strip().isdigit() for n in self.memory_layers.split(","))
+        self.need(
+            listed or self.memory_layers == "all", "--memory-layers", "give all, or numbers: 0,2,3"
+        )
+        self.need(
+            1 <= self.memory_bits <= 16, "--memory-bits", "choose 1 to 16 (tables of 2 to 65536)"
+        )
+        self.need(
+            0 <= self.memory_delta <= 16 - self.memory_bits,
+            "--memory-delta",
+            f"with --memory-bits {self.memory_bits} choose 0 to {16 - self.memory_bits}",
+        )
+        for flag, allowed in (
+            ("--memory-score", ("prob", "abs_prob", "l1")),
+            ("--memory-norm", ("layer", "rms")),
+            ("--memory-out-proj", ("none", "dense", "memory")),
+        ):
+            self.need(getattr(self, _field(flag)) in allowed, flag, f"choose {', '.join(allowed)}")
+        for flag in ("--memory-temperature", "--memory-lr-scale"):
+            self.need(0 < getattr(self, _field(flag)) < math.inf, flag, "must be a number > 0")
+        return self
 
 
 @dataclass

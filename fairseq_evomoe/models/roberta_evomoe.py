@@ -9,8 +9,9 @@ from fairseq.models.roberta.model import base_architecture, roberta_large_archit
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from omegaconf import OmegaConf, open_dict
 
-from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.models.stacks import EvoMoEEncoder, configure, evolve
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.models.stacks import EvoMoEEncoder, configure, evolve, memorise
+from fairseq_evomoe.modules.memory_layer import MemoryAttention
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 
 BERT_STD = 0.02
@@ -18,7 +19,8 @@ BERT_STD = 0.02
 
 def init_params(module) -> None:
     """fairseq's BERT initialisation, for experts too: to the base expert as to a dense FFN."""
-    init_bert_params(module)
+    if not isinstance(module, MemoryAttention):
+        init_bert_params(module)
     if isinstance(module, EvoMoELayer):
         module.reset_normal_(BERT_STD)
 
@@ -43,7 +45,8 @@ class RobertaEvoMoEModel(RobertaModel):
     @classmethod
     def add_args(cls, parser) -> None:
         super().add_args(parser)
-        gen_parser_from_dataclass(parser, MoEConfig(), delete_default=True, with_prefix="")
+        for flags in (MoEConfig(), MemoryConfig()):
+            gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
 
     @classmethod
     def build_model(cls, args, task):
@@ -84,3 +87,10 @@ def evomoe_roberta_large(args) -> None:
     """RoBERTa-large with 16 experts in every second layer: the paper's size."""
     evolve(args, experts=16)
     roberta_large_architecture(args)
+
+
+@register_model_architecture("roberta_evomoe", "roberta_memoryformer_base")
+def memoryformer_roberta_base(args) -> None:
+    """RoBERTa-base with look-ups for all linear maps (MemoryFormer, arXiv 2411.12992)."""
+    memorise(args, "encoder")
+    base_architecture(args)

@@ -9,7 +9,7 @@ from fairseq.models.transformer import (
 )
 from torch import nn
 
-from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.transformer_layer import DecoderLayer, EncoderLayer, LayerStack, wrap
 
@@ -46,7 +46,7 @@ class EvoMoEDecoder(LayerStack, TransformerDecoderBase):
 
 
 def configure(args: Any, *sides: str) -> TransformerConfig:
-    """fairseq's configuration of a Transformer, with the MoE flags, checked, as its `moe`.
+    """fairseq's configuration of a Transformer, with our flags, checked, as its `moe` and `memory`.
 
     Args:
         args: Namespace or DictConfig with every flag.
@@ -61,12 +61,20 @@ def configure(args: Any, *sides: str) -> TransformerConfig:
         moe.need(getattr(moe, f"{side}_moe_freq") == 0, flag, f"this model has no {side}")
     moe.check(GATES)
     cfg = TransformerConfig.from_namespace(args)
-    if cfg.quant_noise.pq and (moe.freq("encoder") or moe.freq("decoder")):
-        raise ValueError(
-            f"--quant-noise-pq {cfg.quant_noise.pq}: quantises the dense FFN, which an MoE "
-            "layer does not have; leave it out, or set --moe-freq 0"
-        )
-    cfg.moe = moe
+    memory = MemoryConfig.from_args(args).check()
+    replaced = any(moe.freq(s) for s in sides) or memory.memory_ffn or memory.memory_attention
+    for flag, given in (
+        (f"--quant-noise-pq {cfg.quant_noise.pq}", cfg.quant_noise.pq),
+        ("--scale-fc", getattr(args, "scale_fc", False)),
+    ):
+        if given and replaced:
+            raise ValueError(
+                f"{flag}: acts inside the dense FFN, which an MoE or memory layer does not have; "
+                "leave it out, or use --moe-freq 0 without --memory-ffn"
+            )
+    if memory.memory_attention and getattr(args, "cross_self_attention", False):
+        raise ValueError("--cross-self-attention: memory attention has none; leave one out")
+    cfg.moe, cfg.memory = moe, memory
     return cfg
 
 
@@ -76,3 +84,12 @@ def evolve(args: Any, *, experts: int) -> None:
     one_sided = getattr(args, "encoder_moe_freq", 0) or getattr(args, "decoder_moe_freq", 0)
     args.moe_freq = getattr(args, "moe_freq", 0 if one_sided else 2)
     args.moe_expert_count = getattr(args, "moe_expert_count", experts)
+
+
+def memorise(args: Any, *sides: str) -> None:
+    """Architecture defaults of a MemoryFormer: look-ups everywhere, norms first, no experts."""
+    for name in ("memory_ffn", "memory_attention"):
+        setattr(args, name, getattr(args, name, True))
+    for side in sides:
+        setattr(args, f"{side}_normalize_before", getattr(args, f"{side}_normalize_before", True))
+    args.moe_freq = getattr(args, "moe_freq", 0)

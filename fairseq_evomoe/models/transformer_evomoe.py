@@ -11,8 +11,8 @@ from fairseq.models.transformer import (
     transformer_wmt_en_de_big,
 )
 
-from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.models.stacks import EvoMoEDecoder, EvoMoEEncoder, configure, evolve
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.models.stacks import EvoMoEDecoder, EvoMoEEncoder, configure, evolve, memorise
 
 
 @register_model("transformer_evomoe")
@@ -26,7 +26,8 @@ class TransformerEvoMoEModel(TransformerModel):
     @classmethod
     def add_args(cls, parser) -> None:
         super().add_args(parser)
-        gen_parser_from_dataclass(parser, MoEConfig(), delete_default=True, with_prefix="")
+        for flags in (MoEConfig(), MemoryConfig()):
+            gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
 
     @classmethod
     def build_model(cls, args, task):
@@ -82,3 +83,24 @@ def evomoe_wmt_en_de_big(args) -> None:
     """Transformer-big with 4 experts in every second layer, as in the paper's translation runs."""
     evolve(args, experts=4)
     transformer_wmt_en_de_big(args)
+
+
+@register_model_architecture("transformer_evomoe", "transformer_memoryformer")
+def memoryformer_small(args) -> None:
+    """MemoryFormer (arXiv 2411.12992) of 3 + 3 layers of width 256."""
+    memorise(args, "encoder", "decoder")
+    evomoe_small(args)
+
+
+@register_model_architecture("transformer_evomoe", "transformer_memoryformer_iwslt_de_en")
+def memoryformer_iwslt_de_en(args) -> None:
+    """transformer_iwslt_de_en with look-ups for all linear maps."""
+    memorise(args, "encoder", "decoder")
+    evomoe_iwslt_de_en(args)
+
+
+@register_model_architecture("transformer_evomoe", "transformer_memoryformer_wmt_en_de")
+def memoryformer_wmt_en_de(args) -> None:
+    """Transformer-base with look-ups for all linear maps."""
+    memorise(args, "encoder", "decoder")
+    evomoe_wmt_en_de(args)

@@ -8,14 +8,15 @@ from fairseq.models.transformer_lm import (
     DEFAULT_MAX_TARGET_POSITIONS,
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
+    base_gpt3_architecture,
     transformer_lm_gpt3_medium,
     transformer_lm_gpt3_small,
     transformer_lm_gpt3_xl,
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 
-from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve, memorise
 
 
 def _default(value, help: str):
@@ -23,7 +24,7 @@ def _default(value, help: str):
 
 
 @dataclass
-class TransformerLMEvoMoEConfig(MoEConfig, TransformerLanguageModelConfig):
+class TransformerLMEvoMoEConfig(MoEConfig, MemoryConfig, TransformerLanguageModelConfig):
     """fairseq's flags of a language model and those of the MoE layers.
 
     The defaults, `--arch transformer_lm_evomoe`: 4 layers of width 256, 4 experts in every second
@@ -120,3 +121,28 @@ def evomoe_gpt_xl(args) -> None:
     """24 layers of width 2048, 16 experts in every second one."""
     evolve(args, experts=16)
     transformer_lm_gpt3_xl(args)
+
+
+def _memoryformer(args, layers: int, width: int, heads: int) -> None:
+    for name, value in (("layers", layers), ("embed_dim", width), ("attention_heads", heads)):
+        setattr(args, f"decoder_{name}", getattr(args, f"decoder_{name}", value))
+    memorise(args, "decoder")
+    base_gpt3_architecture(args)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_tiny")
+def memoryformer_tiny(args) -> None:
+    """6 layers of width 512, as MemoryFormer-tiny (section 3.1 of arXiv 2411.12992)."""
+    _memoryformer(args, 6, 512, 8)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_small")
+def memoryformer_small(args) -> None:
+    """12 layers of width 768, as MemoryFormer-small."""
+    _memoryformer(args, 12, 768, 12)
+
+
+@register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_base")
+def memoryformer_base(args) -> None:
+    """24 layers of width 1024, as MemoryFormer-base."""
+    _memoryformer(args, 24, 1024, 16)

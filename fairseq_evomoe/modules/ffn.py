@@ -4,12 +4,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.modules.memory_layer import MemoryFFN
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 
 
 def build_ffn(
-    cfg: MoEConfig,
+    moe: MoEConfig,
+    memory: MemoryConfig,
     side: str,
     index: int,
     *,
@@ -27,14 +29,15 @@ def build_ffn(
         activation, dropout: between them.
         dictionary: of the tokens that pass here, for gates that route by identity.
     """
-    if not cfg.is_moe_layer(side, index):
+    if not moe.is_moe_layer(side, index):
+        if memory.memory_ffn and memory.at(index):
+            return MemoryFFN(fc1.in_features, memory, dropout=dropout)
         return None
-    name = f"{side}.{index}"
     return EvoMoELayer(
         fc1,
         fc2,
-        cfg=cfg,
-        name=name,
+        cfg=moe,
+        name=f"{side}.{index}",
         activation=activation,
         dropout=dropout,
         causal=side == "decoder",

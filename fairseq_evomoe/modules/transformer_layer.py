@@ -16,6 +16,7 @@ from fairseq.modules.transformer_layer import (
 from torch import Tensor, nn
 
 from fairseq_evomoe.modules.ffn import build_ffn, identity
+from fairseq_evomoe.modules.memory_layer import MemoryAttention
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.modules.plan import TokenBatch
 
@@ -33,11 +34,12 @@ class _ReplaceFFN(nn.Module):
         self, cfg: Any, index: int, *args: Any, dictionary: Any = None, **kwargs: Any
     ) -> None:
         self._index = index
-        self._moe = cfg.moe
+        self._moe, self._memory = cfg.moe, cfg.memory
         super().__init__(cfg, *args, **kwargs)
         dropout = self.activation_dropout_module.p
-        moe_layer = build_ffn(
+        ffn = build_ffn(
             cfg.moe,
+            cfg.memory,
             self.side,
             index,
             fc1=self.fc1,
@@ -46,12 +48,12 @@ class _ReplaceFFN(nn.Module):
             dropout=dropout,
             dictionary=dictionary,
         )
-        if moe_layer is None:
+        if ffn is None:
             return
         del self.fc1, self.fc2
-        self.moe_layer = moe_layer
+        setattr(self, "moe_layer" if isinstance(ffn, EvoMoELayer) else "memory_ffn", ffn)
         # an alias outside nn.Module's registry: the parameters have one name, `moe_layer.*`
-        object.__setattr__(self, "fc1", moe_layer)
+        object.__setattr__(self, "fc1", ffn)
         object.__setattr__(self, "fc2", identity)
         self.activation_fn = identity
         self.activation_dropout_module = nn.Identity()
@@ -60,6 +62,15 @@ class _ReplaceFFN(nn.Module):
         if self._moe.is_moe_layer(self.side, self._index):
             return self._moe.moe_expert_ffn_dim or dense
         return dense
+
+    def _attention(self, width: int, heads: int, cfg: Any, **kwargs: Any) -> nn.Module:
+        return MemoryAttention(
+            width, heads, dropout=cfg.attention_dropout, cfg=self._memory, **kwargs
+        )
+
+    @property
+    def _looks_up(self) -> bool:
+        return self._memory.memory_attention and self._memory.at(self._index)
 
     def build_fc1(self, input_dim, output_dim, q_noise, qn_block_size):
         return super().build_fc1(input_dim, self._width(output_dim), q_noise, qn_block_size)
@@ -71,9 +82,39 @@ class _ReplaceFFN(nn.Module):
 class EncoderLayer(_ReplaceFFN, TransformerEncoderLayerBase):
     side = "encoder"
 
+    def build_self_attention(self, embed_dim, cfg):
+        if not self._looks_up:
+            return super().build_self_attention(embed_dim, cfg)
+        return self._attention(embed_dim, cfg.encoder.attention_heads, cfg, self_attention=True)
+
 
 class DecoderLayer(_ReplaceFFN, TransformerDecoderLayerBase):
     side = "decoder"
+
+    def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
+        if not self._looks_up:
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return self._attention(
+            embed_dim,
+            cfg.decoder.attention_heads,
+            cfg,
+            self_attention=True,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+        )
+
+    def build_encoder_attention(self, embed_dim, cfg):
+        if not self._looks_up:
+            return super().build_encoder_attention(embed_dim, cfg)
+        width = cfg.encoder.embed_dim
+        return self._attention(
+            embed_dim,
+            cfg.decoder.attention_heads,
+            cfg,
+            kdim=width,
+            vdim=width,
+            encoder_decoder_attention=True,
+        )
 
 
 class LayerStack(nn.Module):

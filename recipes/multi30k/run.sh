@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# English to German on Multi30k (29,000 image captions), dense and EvoMoE from one script.
+# English to German on Multi30k (29,000 image captions): dense, EvoMoE and other gates from one script.
 #
 #   bash recipes/multi30k/run.sh --model evomoe            downloads the data
 #   bash recipes/multi30k/run.sh --model dense --data DIR  DIR/{train,valid,test2016,test2017}.{en,de}
+#   models:  dense, evomoe, switch, gshard, base, hash, stable
 #   options: --updates N (1000)  --seed N (1)  --out DIR (work/multi30k)  -- further fairseq-train flags
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,14 +14,16 @@ while [ $# -gt 0 ]; do
         --data) data=$2 ;; --model) model=$2 ;; --updates) updates=$2 ;; --seed) seed=$2 ;;
         --out) mkdir -p "$2"; WORK=$(cd "$2" && pwd) ;;
         --) shift; break ;;
-        *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; echo "unknown option: $1" >&2; exit 2 ;;
+        *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; echo "unknown option: $1" >&2; exit 2 ;;
     esac
     shift 2
 done
 case $model in
     dense) flags=(--moe-freq 0) ;;
     evomoe) flags=(--moe-freq 2 --moe-expert-count 4) ;;
-    *) echo "--model $model: choose dense or evomoe" >&2; exit 2 ;;
+    switch | gshard | base | hash) flags=(--moe-freq 2 --moe-expert-count 4 --moe-gate "$model") ;;
+    stable) flags=(--moe-freq 2 --moe-expert-count 4 --moe-gate stable --moe-gate-loss-wt 0.3) ;;
+    *) echo "--model $model: choose dense, evomoe, switch, gshard, base, hash or stable" >&2; exit 2 ;;
 esac
 
 extras=plots . recipes/environment.sh

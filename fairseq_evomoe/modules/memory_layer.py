@@ -1,0 +1,163 @@
+"""Look-up layers in place of linear ones (MemoryFormer, arXiv 2411.12992).
+
+Letters: D input width, H output width, K tables, t bits a table (tau), N = 2^t rows a table.
+"""
+
+import math
+
+import torch
+from fairseq.modules import MultiheadAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairseq_evomoe.config import MemoryConfig
+from fairseq_evomoe.kernels.lookup import lookup, score_moment
+
+
+class MemoryLayer(nn.Module):
+    """y = sum_k p(z_k) T_k[code(z_k)] + b, z_k the k-th slice of t values of x (eq. 11).
+
+    K = ceil(D / t); a width that t does not divide is filled up with zeros. The input should be
+    normalised, so that every bit is set about half of the time (section 2.4).
+
+    The tables are drawn so that for standard normal inputs the output has the scale of
+    `nn.Linear`'s: standard deviation rms(y) / (sqrt(K) rms(p)), rms(y) = 1 / sqrt(3). With
+    `--memory-lr-scale` s they are stored divided by s and multiplied by it in the forward pass:
+    under Adam, whose step does not know the scale of a parameter, that is a learning rate s times
+    as large for the tables, in any optimizer layout.
+
+    Args:
+        width: D.
+        out: H.
+        cfg: the flags: bits, score, temperature, scale.
+        bits: t where it is not the flags'.
+        bias: whether there is a b, 0 at first.
+    """
+
+    def __init__(
+        self, width: int, out: int, cfg: MemoryConfig, *, bits: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.bits = bits or cfg.memory_bits
+        self.count = -(-width // self.bits)
+        self.score, self.temperature = cfg.memory_score, cfg.memory_temperature
+        self.scale = cfg.memory_lr_scale
+        self.width = width
+        moment = score_moment(self.score, self.bits, self.temperature)
+        std = 1 / math.sqrt(3 * self.count) / moment / self.scale
+        self.tables = nn.Parameter(torch.randn(self.count, 2**self.bits, out) * std)
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+
+    def extra_repr(self) -> str:
+        k, n, h = self.tables.shape
+        return f"width={self.width}, tables={k}, rows={n}, out={h}, score={self.score}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., H), dtype of x."""
+        z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
+        y = lookup(
+            z.view(-1, self.count, self.bits),
+            self.tables,
+            score=self.score,
+            temperature=self.temperature,
+        )
+        if self.scale != 1:
+            y = y * self.scale
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+def build_norm(cfg: MemoryConfig, width: int) -> nn.Module:
+    """The normalisation before a hash: `--memory-norm`."""
+    return nn.LayerNorm(width) if cfg.memory_norm == "layer" else nn.RMSNorm(width)
+
+
+class MemoryFFN(nn.Module):
+    """A feed-forward network of two look-ups, no activation (section 2.4, the Memory Block).
+
+    x -> look-up of t bits, width (t + delta) K -> norm -> look-up of t + delta bits, width D. What
+    a dense FFN gains by hidden width this gains by `--memory-delta` more bits. The input is the
+    layer's normalised state.
+
+    Args:
+        width: D, of input and output.
+        cfg: the flags.
+        dropout: on the hidden values, while training.
+    """
+
+    def __init__(self, width: int, cfg: MemoryConfig, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        wide = cfg.memory_bits + cfg.memory_delta
+        count = -(-width // cfg.memory_bits)
+        self.first = MemoryLayer(width, wide * count, cfg)
+        self.norm = build_norm(cfg, wide * count)
+        self.second = MemoryLayer(wide * count, width, cfg, bits=wide)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        h = self.norm(self.first(x))
+        return self.second(F.dropout(h, self.dropout, training=self.training))
+
+
+class MemoryAttention(MultiheadAttention):
+    """fairseq's attention with look-ups for its projections (eq. 13).
+
+    Self-attention hashes its input once and reads queries, keys and values from one table of width
+    3 D; attention over an encoder hashes the encoder's output once for keys and values, which
+    incremental decoding then keeps. The output projection is `--memory-out-proj`: none (the paper),
+    dense or memory.
+
+    Args:
+        cfg: the flags.
+        as for fairseq's `MultiheadAttention` otherwise.
+    """
+
+    def __init__(self, *args, cfg: MemoryConfig, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # fairseq's fast path reads weight matrices, which there are none of
+        self.skip_embed_dim_check = True
+        linear = {n: self._modules.pop(n) for n in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        width = self.embed_dim
+        if self.self_attention:
+            self.qkv = MemoryLayer(width, 3 * width, cfg)
+        else:
+            if self.kdim != self.vdim:
+                raise ValueError("--memory-attention: keys and values must have one width")
+            self.q = MemoryLayer(width, width, cfg)
+            self.kv = MemoryLayer(self.kdim, 2 * width, cfg)
+        self.out: nn.Module
+        if cfg.memory_out_proj == "memory":
+            self.out_norm = build_norm(cfg, width)
+            self.out = MemoryLayer(width, width, cfg)
+        elif cfg.memory_out_proj == "dense":
+            self.out = linear["out_proj"]
+        self.projects = cfg.memory_out_proj
+        self._held = torch.empty(0)
+
+    def reset_parameters(self) -> None:
+        """The linear maps that fairseq would draw are not kept."""
+
+    # fairseq's forward pass calls these in this order, each with what it projects
+
+    def q_proj(self, query: Tensor) -> Tensor:
+        if not self.self_attention:
+            return self.q(query)
+        self._held = self.qkv(query)
+        return self._held[..., : self.embed_dim].clone()
+
+    def k_proj(self, key: Tensor) -> Tensor:
+        if not self.self_attention:
+            self._held = self.kv(key)
+            return self._held[..., : self.embed_dim]
+        return self._held[..., self.embed_dim : 2 * self.embed_dim]
+
+    def v_proj(self, value: Tensor) -> Tensor:
+        held, self._held = self._held, torch.empty(0)
+        return held[..., -self.embed_dim :]
+
+    def out_proj(self, attended: Tensor) -> Tensor:
+        if self.projects == "none":
+            return attended
+        return self.out(self.out_norm(attended) if self.projects == "memory" else attended)

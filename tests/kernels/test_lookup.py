@@ -1,0 +1,148 @@
+"""kernels/lookup.py: codes, scores, gradients against plain loops and numerical derivatives."""
+
+import math
+
+import pytest
+import torch
+
+from fairseq_evomoe.kernels import lookup as kernel
+from fairseq_evomoe.kernels import reference
+from fairseq_evomoe.kernels.lookup import SCORES, codes, lookup, score_moment
+
+SHAPES = [
+    (1, 1, 1, 1),  # the smallest
+    (7, 3, 4, 5),  # odd everything
+    (64, 4, 8, 16),  # a row of every table is hit
+    (3, 2, 10, 6),  # more than 8 bits
+    (0, 3, 4, 5),  # no rows
+]
+
+
+def inputs(shape, dtype=torch.float32):
+    rows, tables, bits, width = shape
+    z = torch.randn(rows, tables, bits, dtype=torch.float64).to(dtype)
+    return z, torch.randn(tables, 2**bits, width, dtype=torch.float64).to(dtype)
+
+
+def by_hand(z, tables, score, t):
+    """The paper's equations in plain Python."""
+    out = []
+    for row in z.tolist():
+        y = [0.0] * tables.size(-1)
+        for k, values in enumerate(row):
+            code = sum(2**i for i, v in enumerate(values) if v >= 0)
+            p = math.prod(1 / (1 + math.exp(-2 * abs(v) / t)) for v in values)
+            total = sum(abs(v) for v in values)
+            p = {"prob": p, "abs_prob": total * p, "l1": total / len(values)}[score]
+            y = [a + p * b for a, b in zip(y, tables[k, code].tolist(), strict=True)]
+        out.append(y)
+    return torch.tensor(out, dtype=z.dtype).view(len(z), tables.size(-1))
+
+
+@pytest.mark.parametrize("op", [lookup, reference.lookup], ids=["torch", "reference"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(op, score, shape):
+    """Equal to the equations written out, at two temperatures."""
+    z, tables = inputs(shape, torch.float64)
+    for t in (0.5, 1.0):
+        want = by_hand(z, tables, score, t)
+        assert torch.allclose(op(z, tables, score=score, temperature=t), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_equal_the_reference(score, shape):
+    """dz and dT against autograd through the reference, float32 and float64."""
+    for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        z, tables = inputs(shape, dtype)
+        dy = torch.randn(shape[0], shape[3], dtype=torch.float64).to(dtype)
+        grads = []
+        for op in (lookup, reference.lookup):
+            a, b = z.clone().requires_grad_(), tables.clone().requires_grad_()
+            op(a, b, score=score, temperature=0.7).backward(dy)
+            grads.append((a.grad, b.grad))
+        for have, want in zip(*grads, strict=True):
+            want = torch.zeros_like(have) if want is None else want
+            assert torch.allclose(have, want, atol=atol)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_gradcheck(score):
+    """Numerical derivatives away from z = 0, where the function jumps."""
+    z, tables = inputs((4, 3, 4, 5), torch.float64)
+    z = z + 0.1 * torch.where(z >= 0, 1, -1)
+    z.requires_grad_(), tables.requires_grad_()
+    op = lambda a, b: lookup(a, b, score=score, temperature=0.8)
+    assert torch.autograd.gradcheck(op, (z, tables))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_zero_counts_as_positive(score):
+    """z = 0 (and -0) sets the bit and its gradient has the sign +1 (eq. 3)."""
+    for zero in (0.0, -0.0):
+        z = torch.full((1, 1, 3), zero, dtype=torch.float64, requires_grad=True)
+        tables = torch.rand(1, 8, 2, dtype=torch.float64) + 1
+        y = lookup(z, tables, score=score, temperature=1.0)
+        assert codes(z).tolist() == [[7]]
+        y.sum().backward()
+        assert (z.grad > 0).all()
+
+
+@pytest.mark.parametrize("bits", [1, 8, 10, 12])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_code_is_exact_in_half_precision(bits, dtype):
+    """All 2^bits sign patterns give their own row: packed as integers, first value lowest."""
+    patterns = torch.arange(2**bits)
+    signs = ((patterns[:, None] >> torch.arange(bits)) & 1) * 2 - 1
+    assert torch.equal(codes(signs[:, None].to(dtype)).squeeze(1), patterns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_float32(dtype):
+    """Half tables, float32 sum: 128 equal rows add up exactly, where half would stop counting."""
+    z = torch.full((2, 128, 4), 9.0, dtype=dtype)
+    tables = torch.ones(128, 16, 3, dtype=dtype)
+    tables[0] = 1024
+    y = lookup(z, tables, score="prob")
+    assert torch.allclose(y.float(), torch.tensor(1151.0).to(dtype).float(), rtol=1e-3)
+    for op in (lookup, reference.lookup):
+        a = z.clone().requires_grad_()
+        b = tables.clone().requires_grad_()
+        op(a, b, score="l1").sum().backward()
+        assert a.grad.dtype == b.grad.dtype == dtype and torch.isfinite(a.grad).all()
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """The memory bound of mixed dtypes splits rows, not results."""
+    z, tables = inputs((37, 3, 4, 5))
+    whole = lookup(z, tables.bfloat16(), score="prob")
+    monkeypatch.setattr(kernel, "_CHUNK", 40)
+    assert torch.equal(lookup(z, tables.bfloat16(), score="prob"), whole)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("bits", [1, 4, 8, 10])
+@pytest.mark.parametrize("t", [0.5, 1.0])
+def test_score_moment(score, bits, t):
+    """The quadrature equals the mean over many draws."""
+    z = torch.randn(400000, 1, bits)
+    want = kernel.weigh(z, score, t).square().mean().sqrt().item()
+    assert score_moment(score, bits, t) == pytest.approx(want, rel=0.02)
+
+
+def test_published_moments():
+    """Mean score at 8 and 10 bits as measured elsewhere: rms .154 and .097; official 1.26, .99."""
+    assert score_moment("prob", 8, 1.0) == pytest.approx(0.154, abs=2e-3)
+    assert score_moment("prob", 10, 1.0) == pytest.approx(0.097, abs=2e-3)
+    assert score_moment("abs_prob", 8, 1.0) == pytest.approx(1.26, abs=0.01)
+    assert score_moment("abs_prob", 10, 1.0) == pytest.approx(0.99, abs=0.01)
+
+
+def test_bad_shapes_and_scores():
+    """What does not fit is said with the shape that would."""
+    z, tables = inputs((2, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"needs tables \(3, 16, H\)"):
+        lookup(z, tables[:, :8], score="prob")
+    with pytest.raises(ValueError, match="choose one of prob, abs_prob, l1"):
+        lookup(z, tables, score="cosine")

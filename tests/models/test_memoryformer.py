@@ -1,0 +1,145 @@
+"""Look-up layers in the three model families, whole and in part."""
+
+import pytest
+import torch
+from conftest import FAMILIES, build, train, train_args, valid_batch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN
+from fairseq_evomoe.modules.moe_layer import moe_layers
+
+MEMORY = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
+
+
+def logits(model, net_input):
+    with torch.no_grad():
+        return model(**net_input)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("out", ["none", "dense", "memory"])
+def test_trains_with_a_gradient_everywhere(toy, tmp_path, family, out):
+    """Stock task and criterion train it; every parameter has a gradient; the loss falls."""
+    cfg, task, model = build(toy, *MEMORY, "--memory-out-proj", out, family=family)
+    kinds = [type(m) for m in model.modules()]
+    layers = 4 if family == "translation" else 2
+    assert kinds.count(MemoryFFN) == layers and moe_layers(model) == []
+    attentions = 6 if family == "translation" else 2
+    assert kinds.count(MemoryAttention) == attentions
+    model.train()
+    loss, *_ = task.build_criterion(cfg.criterion)(model, valid_batch(task))
+    loss.backward()
+    named = [n for n, p in model.named_parameters() if p.grad is None and "lm_head" not in n]
+    assert named == []
+    if out == "none":
+        rows = train(*train_args(toy, tmp_path, *MEMORY, "--max-update", 25, family=family))
+        assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_a_sentence_does_not_depend_on_its_batch(toy):
+    """Alone and in company, step by step and at once: the same logits."""
+    _, task, model = build(toy, *MEMORY)
+    model.eval()
+    batch = valid_batch(task, rows=5)
+    net_input = batch["net_input"]
+    together = logits(model, net_input)
+    dataset = task.dataset("valid")
+    for row, index in enumerate(batch["id"].tolist()):
+        alone = dataset.collater([dataset[index]])
+        length = alone["target"].size(1)
+        found = logits(model, alone["net_input"])[0]
+        assert torch.allclose(found, together[row, :length], atol=1e-4)
+    state = {}
+    previous = net_input["prev_output_tokens"]
+    with torch.no_grad():
+        encoded = model.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        for t in range(previous.size(1)):
+            step = model.decoder(previous[:, : t + 1], encoder_out=encoded, incremental_state=state)
+            real = batch["target"][:, t].ne(1)
+            assert torch.allclose(step[0][real, -1], together[real, t], atol=1e-4)
+
+
+def test_hybrids(toy):
+    """Memory in some layers, experts in others, dense in the rest."""
+    flags = ("--memory-ffn", "--memory-layers", "0", "--moe-freq", 2, "--memory-bits", 4)
+    _, _, model = build(toy, *flags)
+    for stack in (model.encoder, model.decoder):
+        first, second = stack.layers
+        assert isinstance(first.memory_ffn, MemoryFFN) and hasattr(second, "moe_layer")
+        assert not any(isinstance(m, MemoryAttention) for m in stack.modules())
+    flags = ("--memory-attention", "--memory-layers", "1", "--moe-freq", 0, "--memory-bits", 4)
+    _, _, model = build(toy, *flags)
+    first, second = model.decoder.layers
+    assert not isinstance(first.self_attn, MemoryAttention)
+    assert isinstance(second.self_attn, MemoryAttention)
+    assert isinstance(second.encoder_attn, MemoryAttention) and hasattr(second, "fc1")
+
+
+def test_checkpoint_round_trip(toy, tmp_path):
+    """Flags and tables come back from the file; nothing but `tables` and `bias` is new."""
+    from fairseq import checkpoint_utils
+
+    train(*train_args(toy, tmp_path, *MEMORY, "--memory-score", "abs_prob", "--max-update", 2))
+    path = str(tmp_path / "checkpoint_last.pt")
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    assert model.encoder.layers[0].memory_ffn.first.score == "abs_prob"
+    names = [n for n, _ in model.named_parameters() if "memory_ffn" in n]
+    assert "encoder.layers.0.memory_ffn.first.tables" in names
+    state = torch.load(path, weights_only=False)["model"]
+    assert torch.equal(model.encoder.layers[0].self_attn.qkv.tables,
+                       state["encoder.layers.0.self_attn.qkv.tables"])  # fmt: skip
+
+
+SIZES = {
+    "transformer_memoryformer": ("encoder", 3, 256),
+    "transformer_memoryformer_iwslt_de_en": ("encoder", 6, 512),
+    "transformer_memoryformer_wmt_en_de": ("decoder", 6, 512),
+    "transformer_lm_memoryformer_tiny": ("decoder", 6, 512),
+    "transformer_lm_memoryformer_small": ("decoder", 12, 768),
+    "transformer_lm_memoryformer_base": ("decoder", 24, 1024),
+    "roberta_memoryformer_base": ("encoder", 12, 768),
+}
+
+
+@pytest.mark.parametrize("arch", SIZES)
+def test_sizes(toy, arch):
+    """Each architecture has the paper's or fairseq's size, norms first, look-ups everywhere."""
+    side, layers, width = SIZES[arch]
+    family = "lm" if "lm" in arch else "mlm" if "roberta" in arch else "translation"
+    own = FAMILIES[family]
+    flags = [x for f in ("--task", "--criterion") for x in (f, own[own.index(f) + 1])]
+    parser = options.get_training_parser()
+    data = str(toy / ("bin" if family == "translation" else "mono"))
+    model = convert_namespace_to_omegaconf(
+        options.parse_args_and_arch(parser, [data, "--arch", arch, *flags])
+    ).model
+    assert [getattr(model, f"{side}_{x}") for x in ("layers", "embed_dim")] == [layers, width]
+    assert getattr(model, f"{side}_normalize_before")
+    memory, moe = MemoryConfig.from_args(model).check(), MoEConfig.from_args(model)
+    assert memory.memory_ffn and memory.memory_attention and memory.at(0)
+    assert (memory.memory_bits, memory.memory_delta) == (8, 2)
+    assert not moe.is_moe_layer(side, 1)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--memory-bits", 20), "--memory-bits 20"),
+        (("--memory-layers", "first"), "--memory-layers first"),
+        (("--quant-noise-pq", 0.1), "--quant-noise-pq 0.1"),
+        (("--cross-self-attention", "--no-cross-attention"), "--cross-self-attention"),
+    ],
+    ids=str,
+)
+def test_refused_before_training(toy, flags, message):
+    """An impossible flag stops the run with its name, before training starts."""
+    with pytest.raises(ValueError, match=message):
+        build(toy, *MEMORY, *flags)
+
+
+def test_scale_fc_is_refused_with_replaced_networks(toy):
+    """--scale-fc normalises the dense FFN's hidden state, which MoE and memory layers lack."""
+    with pytest.raises(ValueError, match="--scale-fc: acts inside the dense FFN"):
+        build(toy, "--scale-fc", family="lm")

@@ -50,6 +50,7 @@ class MoEConfig(Flags):
     decoder_moe_freq: int = _flag(0, "as --moe-freq, for the decoder; the larger of the two holds")
     moe_expert_count: int = _flag(0, "number of experts in each MoE layer")
     moe_expert_ffn_dim: int = _flag(0, "hidden width of an expert; 0: that of the dense FFN")
+    expert_type: str = _flag("ffn", "what an expert is: ffn, or memory (look-ups, --memory-*)")
     moe_gate: str = _flag(
         "dts", "gate: dts, dense, switch, gshard, topk, base, hash, stable or expert_choice"
     )
@@ -171,6 +172,12 @@ class MoEConfig(Flags):
         )
         self.need(
             self.moe_expert_ffn_dim >= 0, "--moe-expert-ffn-dim", "give a width, or 0 for the FFN's"
+        )
+        self.need(self.expert_type in ("ffn", "memory"), "--expert-type", "choose ffn or memory")
+        self.need(
+            self.expert_type == "ffn" or self.moe_expert_ffn_dim == 0,
+            "--moe-expert-ffn-dim",
+            "the hidden width of memory experts follows from --memory-bits and --memory-delta",
         )
         self.need(self.moe_gate in gates, "--moe-gate", f"choose one of {', '.join(gates)}")
         self.need(self.moe_gate_init_std >= 0, "--moe-gate-init-std", "must be >= 0")

@@ -4,7 +4,9 @@ Letters: T tokens, D model width, F expert hidden width, E experts, A active (to
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,61 @@ DENSE_FROM = 0.97
 """Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
 
 
-class ExpertBank(nn.Module):
+@dataclass(frozen=True)
+class Part:
+    """What a stacked parameter (E, ...) of a bank means for a split.
+
+    Attributes:
+        side: "fc1" before the hidden values, "fc2" behind them; None: copies never differ in it.
+        axis: of the hidden units in the stacked parameter; None: it has none.
+    """
+
+    side: str | None
+    axis: int | None = None
+
+
+class Bank(nn.Module):
+    """E experts of one kind with stacked parameters; expert 0 is the base expert.
+
+    Attributes:
+        parts: every parameter's part in a split.
+        silence: the side on which a hidden unit is best silenced.
+        shared: expert 0 sees every token and is not routed: plans then have E - 1 columns, and the
+            output is the mean of its own and of the routed experts'.
+    """
+
+    parts: ClassVar[Mapping[str, Part]]
+    silence: ClassVar[str]
+    shared: bool
+
+    @property
+    def hidden(self) -> int:
+        """Number of hidden units."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return next(self.parameters()).size(0)
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """One expert alone, on x (..., D)."""
+        raise NotImplementedError
+
+    def base(self, x: Tensor) -> Tensor:
+        """The base expert alone, on x (..., D): what the layer without experts computes."""
+        return self.one(0, x)
+
+    def routed(self, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        """Active pairs and their weights over all E experts, (T, E) both."""
+        active, weights = plan.active, plan.weights
+        if self.shared:
+            active = torch.cat([torch.ones_like(active[:, :1]), active], 1)
+            weights = torch.cat([torch.full_like(weights[:, :1], 0.5), weights * 0.5], 1)
+        return active, weights
+
+
+class ExpertBank(Bank):
     """E feed-forward networks, weights stacked in `nn.Linear`'s layout.
 
     `w1` (E, F, D), `b1` (E, F), `w2` (E, D, F), `b2` (E, D). Expert 0 is the base expert: it takes
@@ -31,9 +87,17 @@ class ExpertBank(nn.Module):
         activation: elementwise function between them.
         dropout: on hidden units, while training.
         generator: draws experts 1 to E-1 (`nn.Linear`'s distribution).
-        shared: expert 0 sees every token and is not routed: plans then have E - 1 columns, and the
-            output is the mean of its own and of the routed experts'.
+        shared: as for `Bank`.
     """
+
+    parts = {
+        "w1": Part("fc1", 1),
+        "b1": Part("fc1", 1),
+        "w2": Part("fc2", 2),
+        "b2": Part("fc2"),
+    }
+    # a unit silenced behind the hidden layer goes on learning; a ReLU unit silenced before, never
+    silence = "fc2"
 
     def __init__(
         self,
@@ -75,11 +139,16 @@ class ExpertBank(nn.Module):
         e, f, d = self.w1.shape
         return f"experts={e}, width={d}, hidden={f}, dropout={self.dropout}"
 
-    def base(self, x: Tensor) -> Tensor:
-        """The base expert alone, on x (..., D): what the dense layer computes, to the bit."""
-        h = self.activation(F.linear(x, self.w1[0], self.b1[0]))
+    @property
+    def hidden(self) -> int:
+        """F."""
+        return self.b1.size(1)
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """One expert alone, on x (..., D); expert 0 is the dense layer, to the bit."""
+        h = self.activation(F.linear(x, self.w1[expert], self.b1[expert]))
         h = F.dropout(h, self.dropout, training=self.training)
-        return F.linear(h, self.w2[0], self.b2[0])
+        return F.linear(h, self.w2[expert], self.b2[expert])
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D).
@@ -87,10 +156,7 @@ class ExpertBank(nn.Module):
         Nearly dense plans run in place over all pairs (inactive ones weigh 0); sparse ones gather
         rows by expert, at a cost that follows the number of active pairs.
         """
-        active, weights = plan.active, plan.weights
-        if self.shared:
-            active = torch.cat([torch.ones_like(active[:, :1]), active], 1)
-            weights = torch.cat([torch.full_like(weights[:, :1], 0.5), weights * 0.5], 1)
+        active, weights = self.routed(plan)
         tokens, experts = active.shape
         token: Tensor | None
         token, counts = routing.sort_pairs(active)

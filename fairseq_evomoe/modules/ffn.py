@@ -37,6 +37,7 @@ def build_ffn(
         fc1,
         fc2,
         cfg=moe,
+        memory=memory,
         name=f"{side}.{index}",
         activation=activation,
         dropout=dropout,

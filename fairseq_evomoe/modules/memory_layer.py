@@ -65,7 +65,7 @@ class MemoryLayer(nn.Module):
             y = y * self.scale
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.size(-1))
 
 
 def build_norm(cfg: MemoryConfig, width: int) -> nn.Module:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.config import MemoryConfig, MoEConfig
 from fairseq_evomoe.modules import losses
-from fairseq_evomoe.modules.experts import ExpertBank
+from fairseq_evomoe.modules.experts import Bank, ExpertBank
 from fairseq_evomoe.modules.gates import GATES, Site
+from fairseq_evomoe.modules.memory_experts import MemoryBank
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, RoutingRecord, attach, touch
 from fairseq_evomoe.modules.split import Split, SplitRule
@@ -35,6 +36,7 @@ class EvoMoELayer(RecordingLayer):
     Args:
         fc1, fc2: the dense layer's linear maps, which become the base expert.
         cfg: the flags.
+        memory: the flags of look-ups, for `--expert-type memory`.
         name: unique in the model, "encoder.1"; part of every seed.
         activation, dropout: between the maps.
         causal: the layer is in a decoder.
@@ -47,6 +49,7 @@ class EvoMoELayer(RecordingLayer):
         fc2: nn.Linear,
         *,
         cfg: MoEConfig,
+        memory: MemoryConfig | None = None,
         name: str,
         activation,
         dropout: float,
@@ -59,15 +62,17 @@ class EvoMoELayer(RecordingLayer):
         generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()))
         site = Site(fc1.in_features, name, generator, causal=causal, dictionary=dictionary)
         self.gate = GATES[cfg.moe_gate](cfg, site)
-        self.experts = ExpertBank(
-            fc1,
-            fc2,
-            num_experts=cfg.moe_expert_count + cfg.moe_shared_expert,
-            activation=activation,
-            dropout=dropout,
-            generator=generator,
-            shared=cfg.moe_shared_expert,
-        )
+        common: dict[str, Any] = {
+            "num_experts": cfg.moe_expert_count + cfg.moe_shared_expert,
+            "dropout": dropout,
+            "generator": generator,
+            "shared": cfg.moe_shared_expert,
+        }
+        self.experts: Bank
+        if cfg.expert_type == "memory":
+            self.experts = MemoryBank(fc1.in_features, memory or MemoryConfig(), **common)
+        else:
+            self.experts = ExpertBank(fc1, fc2, activation=activation, **common)
         self.schedule: EvolutionSchedule | None = None
         self.num_updates, self.spawned = 0, True
         self._saved: Clock | None = None
@@ -116,12 +121,12 @@ class EvoMoELayer(RecordingLayer):
     def reset_normal_(self, std: float) -> None:
         """BERT's initial weights for the experts, as fairseq gives them to its linear layers."""
         generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()) + 1)
-        self.experts.reset_normal_(std, generator)
+        if isinstance(self.experts, ExpertBank):
+            self.experts.reset_normal_(std, generator)
 
     def split(self, rule: SplitRule, *, seed: int) -> Split:
         """How the base expert splits here; the caller applies it and sets `spawned`."""
-        experts, hidden = self.experts.b1.shape
-        return Split(rule, seed=self._seed(seed), experts=experts, hidden=hidden)
+        return Split(rule, self.experts, seed=self._seed(seed))
 
     # -- data
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.modules.experts import ExpertBank
+from fairseq_evomoe.modules.experts import Bank, Part
 
 MODES = ("mask", "drop", "noise", "copy")
 _CHOICES = {
@@ -14,7 +14,6 @@ _CHOICES = {
     "evo_diversify_weights": ("auto", "fc1", "fc2", "both"),
     "evo_base_expert": ("exact", "diverse"),
 }
-_PARAMETERS = {"fc1": ("w1", "b1"), "fc2": ("w2", "b2"), "both": ("w1", "b1", "w2", "b2")}
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,8 @@ class SplitRule:
             N(0, 1) to every weight, `copy` changes nothing.
         ratio: share of hidden units, or of weights, for `mask` and `drop`.
         grain: `mask` and `drop` act on whole hidden units ("unit") or on single weights ("weight").
-        weights: "fc1" (w1, b1), "fc2" (w2, b2), "both", or "auto": fc2 for `mask`, else both. A
-            unit silenced in fc2 adds nothing to the output yet goes on learning; silenced on both
-            sides a ReLU unit never would.
+        weights: "fc1" (before the hidden units), "fc2" (behind them), "both", or "auto": for `mask`
+            the side on which a silenced unit goes on learning, else both.
         noise: scale for `noise`.
         keep_base: expert 0 stays as it is; otherwise it becomes a copy like the others.
     """
@@ -67,12 +65,12 @@ class SplitRule:
             keep_base=cfg.evo_base_expert == "exact",
         )
 
-    def acts_on(self, name: str) -> bool:
-        """Whether parameter `name` (w1, b1, w2, b2) may change."""
+    def acts_on(self, part: Part, silence: str) -> bool:
+        """Whether a parameter may change; `silence` is the side that its bank silences."""
         where = self.weights
         if where == "auto":
-            where = "fc2" if self.mode == "mask" else "both"
-        return self.mode != "copy" and name in _PARAMETERS[where]
+            where = silence if self.mode == "mask" else "both"
+        return self.mode != "copy" and part.side is not None and where in (part.side, "both")
 
 
 class Split:
@@ -80,14 +78,16 @@ class Split:
 
     Args:
         rule: what makes copies different.
+        bank: the experts, whose parts and sizes are read.
         seed: makes the split the same on every worker and in every repetition.
-        experts, hidden: E and F.
     """
 
-    def __init__(self, rule: SplitRule, *, seed: int, experts: int, hidden: int) -> None:
+    def __init__(self, rule: SplitRule, bank: Bank, *, seed: int) -> None:
         self.rule, self.seed = rule, seed
-        self.copies = range(1 if rule.keep_base else 0, experts)
-        self.units = torch.zeros(experts, hidden, dtype=torch.bool)
+        self.parts, self.silence = bank.parts, bank.silence
+        hidden = bank.hidden
+        self.copies = range(1 if rule.keep_base else 0, bank.count)
+        self.units = torch.zeros(bank.count, hidden, dtype=torch.bool)
         if rule.mode in ("mask", "drop") and rule.grain == "unit":
             for e in self.copies:
                 chosen = torch.randperm(hidden, generator=self._generator(e))
@@ -98,21 +98,25 @@ class Split:
 
     def replaced(self, name: str, shape: torch.Size) -> Tensor:
         """Entries of parameter `name` that are not the base's, bool, of the stacked shape."""
-        rule = self.rule
-        if rule.mode not in ("mask", "drop") or not rule.acts_on(name):
-            return torch.zeros(1, dtype=torch.bool).expand(shape)
-        if rule.grain == "weight":
+        part = self.parts[name]
+        nothing = torch.zeros(1, dtype=torch.bool).expand(shape)
+        if self.rule.mode not in ("mask", "drop") or not self.rule.acts_on(part, self.silence):
+            return nothing
+        if self.rule.grain == "weight":
             chosen = torch.zeros(shape, dtype=torch.bool)
             # a bias is no connection: as in unstructured pruning, only matrices are masked
-            for e in self.copies if name in ("w1", "w2") else ():
-                draw = torch.rand(shape[1:], generator=self._generator(e, 11 + _salt(name)))
-                chosen[e] = draw < rule.ratio
+            for e in self.copies if len(shape) > 2 else ():
+                draw = torch.rand(shape[1:], generator=self._generator(e, 11 + self._salt(name)))
+                chosen[e] = draw < self.rule.ratio
             return chosen
-        if name == "w2":
-            return self.units[:, None, :].expand(shape)
-        if name == "w1":
-            return self.units[:, :, None].expand(shape)
-        return self.units if name == "b1" else torch.zeros(1, dtype=torch.bool).expand(shape)
+        if part.axis is None:
+            return nothing
+        place = [self.units.size(0)] + [1] * (len(shape) - 1)
+        place[part.axis] = self.units.size(1)
+        return self.units.view(place).expand(shape)
+
+    def _salt(self, name: str) -> int:
+        return list(self.parts).index(name)
 
     @torch.no_grad()
     def weights_(self, name: str, stacked: Tensor) -> None:
@@ -121,8 +125,8 @@ class Split:
         replaced = self.replaced(name, stacked.shape)
         for e in self.copies:
             new = base.clone()
-            draw = torch.randn(base.shape, generator=self._generator(e, 1 + _salt(name)))
-            if self.rule.mode == "noise" and self.rule.acts_on(name):
+            draw = torch.randn(base.shape, generator=self._generator(e, 1 + self._salt(name)))
+            if self.rule.mode == "noise" and self.rule.acts_on(self.parts[name], self.silence):
                 new += self.rule.noise * base.std() * draw
             elif self.rule.mode == "drop":
                 new = torch.where(replaced[e], base.mean() + base.std() * draw, new)
@@ -137,17 +141,13 @@ class Split:
         stacked.masked_fill_(self.replaced(name, stacked.shape).to(stacked.device), 0)
 
 
-def _salt(name: str) -> int:
-    return _PARAMETERS["both"].index(name)
-
-
 @dataclass(frozen=True)
 class Diversity:
     """How different the experts of a bank are.
 
     Attributes:
         drift: |mean of the experts' outputs - base's output| / |base's output| on some inputs.
-        weights: mean cosine of two experts' weights w1, w2, over all pairs.
+        weights: mean cosine of two experts' weights without biases, over all pairs.
         outputs: mean cosine of two experts' outputs.
     """
 
@@ -163,17 +163,15 @@ class Diversity:
 
 
 @torch.no_grad()
-def diversity(bank: ExpertBank, x: Tensor, base: Tensor) -> Diversity:
+def diversity(bank: Bank, x: Tensor, base: Tensor) -> Diversity:
     """Compare the experts of `bank` on x (T, D), where the base expert gave `base` (T, D)."""
-    outputs = []
-    for e in range(bank.w1.size(0)):
-        h = bank.activation(x @ bank.w1[e].t() + bank.b1[e])
-        outputs.append((h @ bank.w2[e].t() + bank.b2[e]).float())
-    stacked = torch.stack(outputs)
+    outputs = torch.stack([bank.one(e, x).float() for e in range(bank.count)])
     base = base.float()
-    drift = (stacked.mean(0) - base).norm() / base.norm().clamp_min(1e-12)
-    weights = torch.cat([bank.w1.flatten(1), bank.w2.flatten(1)], 1).float()
-    return Diversity(float(drift), _mean_cosine(weights), _mean_cosine(stacked.flatten(1)))
+    drift = (outputs.mean(0) - base).norm() / base.norm().clamp_min(1e-12)
+    matrices = [p.flatten(1).float() for p in bank.parameters() if p.dim() > 2]
+    return Diversity(
+        float(drift), _mean_cosine(torch.cat(matrices, 1)), _mean_cosine(outputs.flatten(1))
+    )
 
 
 def _mean_cosine(rows: Tensor) -> float:

@@ -119,7 +119,7 @@ def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: l
     rows = torch.tensor(kept)
     # a shared expert stands before the routed ones and stays
     bank = torch.tensor([0, *(e + 1 for e in kept)]) if layer.experts.shared else rows
-    for part in ("w1", "b1", "w2", "b2"):
+    for part, _ in layer.experts.named_parameters():
         key = f"{name}.experts.{part}"
         state[key] = state[key][bank].clone()
     for part in ("weight", "bias_steps", "distilled"):

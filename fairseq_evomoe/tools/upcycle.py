@@ -86,6 +86,9 @@ class Upcycled:
         if not layers:
             raise ValueError("--moe-freq: no layer would become an MoE layer; give 1 or 2")
         for name, layer in layers.items():
+            layer.cfg.need(
+                layer.cfg.expert_type == "ffn", "--expert-type", "a dense network grows FFN experts"
+            )
             split = layer.split(rule, seed=seed)
             parent = name.removesuffix("moe_layer")
             for short, old in _DENSE.items():

@@ -3,19 +3,25 @@
 import pytest
 import torch
 from test_experts import D, E, H, bank
+from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import EvolutionConfig
+from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.plan import RoutingPlan
 from fairseq_evomoe.modules.split import MODES, Split, SplitRule, diversity
 
 NAMES = ("w1", "b1", "w2", "b2")
 
 
-def split(mode, *, seed=5, experts=E, hidden=H, **rule):
-    return Split(
-        SplitRule(mode, **{"ratio": 0.5, **rule}), seed=seed, experts=experts, hidden=hidden
-    )
+def split(mode, *, seed=5, of=None, **rule):
+    return Split(SplitRule(mode, **{"ratio": 0.5, **rule}), of or bank(), seed=seed)
+
+
+def wide():
+    """Two experts of 400 hidden units, for statistics."""
+    own = dict(activation=F.relu, dropout=0.0, generator=torch.Generator())
+    return ExpertBank(nn.Linear(50, 400), nn.Linear(400, 50), num_experts=2, **own)
 
 
 def apply(decided, made):
@@ -68,7 +74,7 @@ def test_mask_silences_units_and_keeps_them_trainable():
 
 def test_drop_redraws_from_the_base_statistics():
     """Re-initialised units have the base's mean and standard deviation, on both sides."""
-    decided = split("drop", ratio=1.0, seed=1, experts=2, hidden=400)
+    decided = split("drop", ratio=1.0, seed=1, of=wide())
     stacked = torch.randn(2, 400, 50) * 0.3 + 1
     decided.weights_("w1", stacked)
     assert stacked[1].mean().item() == pytest.approx(stacked[0].mean().item(), abs=0.01)
@@ -77,7 +83,7 @@ def test_drop_redraws_from_the_base_statistics():
 
 def test_noise_has_the_asked_scale():
     """W + s std(W) N(0, 1)."""
-    decided = split("noise", noise=0.25, seed=1, experts=2, hidden=400)
+    decided = split("noise", noise=0.25, seed=1, of=wide())
     stacked = torch.randn(2, 400, 50) * 0.3
     decided.weights_("w1", stacked)
     change = (stacked[1] - stacked[0]).std() / stacked[0].std()

@@ -68,6 +68,41 @@ class MemoryLayer(nn.Module):
         return y.view(*x.shape[:-1], y.size(-1))
 
 
+@torch.no_grad()
+def load_official(layer: MemoryLayer, tables: Tensor, bias: Tensor | None = None) -> None:
+    """Fill a layer with weights of MemoryFormer's official code.
+
+    There the first value of a slice is the highest bit of a row's number, here (and in eq. 4) the
+    lowest, so the rows of each table change places. Its score is `abs_prob` at temperature 1; it
+    counts z = 0 as positive on GPUs, as here, and as negative on CPUs.
+
+    Args:
+        layer: receives the weights.
+        tables: (K N, H) or (K, N, H), any float dtype.
+        bias: (H,).
+
+    Raises:
+        ValueError: sizes or the layer's score differ.
+    """
+    if (layer.score, layer.temperature) != ("abs_prob", 1.0):
+        raise ValueError(
+            f"--memory-score {layer.score}: the official weights were trained with abs_prob at "
+            "--memory-temperature 1"
+        )
+    if tables.numel() != layer.tables.numel() or tables.size(-1) != layer.tables.size(-1):
+        raise ValueError(
+            f"tables {tuple(tables.shape)} do not fit {tuple(layer.tables.shape)}: --memory-bits "
+            "or the widths differ"
+        )
+    rows = torch.arange(layer.tables.size(1))
+    places = torch.arange(layer.bits)
+    reversed_rows = (((rows[:, None] >> places) & 1) << places.flip(0)).sum(-1)
+    stacked = tables.view(layer.tables.shape)
+    layer.tables.copy_(stacked[:, reversed_rows] / layer.scale)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
+
+
 def build_norm(cfg: MemoryConfig, width: int) -> nn.Module:
     """The normalisation before a hash: `--memory-norm`."""
     return nn.LayerNorm(width) if cfg.memory_norm == "layer" else nn.RMSNorm(width)

@@ -8,7 +8,12 @@ from torch import nn
 
 from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels import reference
-from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN, MemoryLayer
+from fairseq_evomoe.modules.memory_layer import (
+    MemoryAttention,
+    MemoryFFN,
+    MemoryLayer,
+    load_official,
+)
 
 D = 24
 
@@ -137,6 +142,32 @@ def test_bad_flags_name_themselves(change, flag):
     """Each impossible value is refused with the flag's name in the message."""
     with pytest.raises(ValueError, match=flag):
         flags(**change)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_official_weights(flat):
+    """Rows numbered with the first value as the highest bit, score S p: the same outputs."""
+    made = MemoryLayer(D, 5, flags(memory_score="abs_prob", memory_lr_scale=3.0))
+    tables, bias = torch.randn(6, 16, 5), torch.randn(5)
+    load_official(made, tables.view(-1, 5) if flat else tables, bias)
+    x = torch.randn(20, D)
+    want = []
+    for row in x.tolist():
+        y = bias.clone()
+        for k in range(6):
+            z = row[4 * k : 4 * k + 4]
+            code = sum((v >= 0) << (3 - i) for i, v in enumerate(z))
+            p = math.prod(1 / (1 + math.exp(-2 * abs(v))) for v in z)
+            y = y + sum(map(abs, z)) * p * tables[k, code]
+        want.append(y)
+    assert torch.allclose(made(x), torch.stack(want), atol=1e-4)
+
+
+def test_official_weights_that_do_not_fit():
+    with pytest.raises(ValueError, match="--memory-score prob"):
+        load_official(MemoryLayer(D, 5, flags()), torch.zeros(6, 16, 5))
+    with pytest.raises(ValueError, match="--memory-bits"):
+        load_official(MemoryLayer(D, 5, flags(memory_score="abs_prob")), torch.zeros(6, 32, 5))
 
 
 def test_which_layers():

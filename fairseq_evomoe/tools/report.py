@@ -1,0 +1,79 @@
+"""`evomoe-report flops`: what a model costs per token, beside a dense model of the same sizes."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq import checkpoint_utils
+
+from fairseq_evomoe.tools.checkpoint import command, flags_of, load, read_flag
+from fairseq_evomoe.tools.cost import costs, total
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> dict:
+    """Costs by kind of the model in a checkpoint; see `cost.Cost`.
+
+    Args:
+        context: positions that a token attends to.
+        dtype: of the weights, for the bytes: one of `BYTES`.
+        data: folder with the dictionaries; None: the one named in the checkpoint.
+    """
+    checkpoint = load(path)
+    flags = flags_of(checkpoint)
+    overrides = {"data": data} if data else None
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    hidden = {s: read_flag(flags, f"{s}_ffn_embed_dim") for s in ("encoder", "decoder")}
+    # fairseq's rule: a decoder without a width of its own has the encoder's
+    hidden["decoder"] = hidden["decoder"] or hidden["encoder"]
+    rows = total(list(costs(model, context=context, hidden=hidden)))
+    for row in rows.values():
+        row["bytes"] = row["reads"] * BYTES[dtype]
+        row["twin_bytes"] = (row["twin_macs"] - (row["macs"] - row["reads"])) * BYTES[dtype]
+    return rows
+
+
+def table(rows: dict) -> str:
+    """The rows as text, in millions."""
+    head = f"{'per token':10}{'MMAC':>10}{'dense':>10}{'MB read':>10}{'dense':>10}"
+    head += f"{'M weights':>11}{'dense':>10}"
+    lines = [head]
+    order = [*(k for k in rows if k != "total"), "total"]
+    for kind in order:
+        r = rows[kind]
+        values = [r["macs"], r["twin_macs"], r["bytes"], r["twin_bytes"]]
+        sizes = [r["parameters"], r["twin_parameters"]]
+        line = f"{kind:10}" + "".join(f"{v / 1e6:10.3f}" for v in values)
+        lines.append(line + f"{sizes[0] / 1e6:11.3f}{sizes[1] / 1e6:10.3f}")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.context < 1:
+        raise ValueError(f"--context {args.context}: give a number of positions, 1 or more")
+    rows = flops(args.checkpoint, context=args.context, dtype=args.dtype, data=args.data)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    what = made.add_subparsers(dest="what", required=True)
+    flops_parser = what.add_parser("flops", help="MACs, weights read and stored, per token")
+    flops_parser.add_argument("checkpoint", type=Path)
+    flops_parser.add_argument("--context", type=int, default=512, help="positions attended to")
+    flops_parser.add_argument("--dtype", choices=BYTES, default="fp32", help="of the weights")
+    flops_parser.add_argument("--data", help="folder with the dictionaries")
+    flops_parser.add_argument("--json", type=Path, help="write the rows there as well")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command("evomoe-report", parser(), run, argv)
+
+
+if __name__ == "__main__":
+    main()

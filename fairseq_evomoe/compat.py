@@ -18,7 +18,7 @@ from collections import defaultdict
 import numpy as np
 import omegaconf
 import torch
-from fairseq import options
+from fairseq import optim, options
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
@@ -47,6 +47,7 @@ def mend() -> None:
     start_cpu_workers()
     keep_last_batch()
     keep_numpy_compat()
+    own_weight_decay()
     shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")
@@ -191,6 +192,34 @@ def keep_numpy_compat() -> None:
 
     for module in (token_block_dataset, language_pair_dataset):
         module.np = NumPy()
+
+
+def own_weight_decay() -> None:
+    """A parameter's `optim_overrides` are heard by fairseq's composite optimizer alone.
+
+    Here the weight decay in them is heeded by every optimizer: such parameters get a group of
+    their own. fp16 with flattened masters cannot, and decays all alike.
+    """
+
+    def make(original):
+        def build_optimizer(cfg, params, *args, **kwargs):
+            optimizer = original(cfg, params, *args, **kwargs)
+            for group in list(getattr(optimizer, "param_groups", ())):
+                apart = defaultdict(list)
+                for p in group["params"]:
+                    own = (getattr(p, "optim_overrides", None) or {}).get("optimizer", {})
+                    apart[own.get("weight_decay", group.get("weight_decay"))].append(p)
+                group["params"] = apart.pop(group.get("weight_decay"), [])
+                options = {k: v for k, v in group.items() if k != "params"}
+                for decay, mine in apart.items():
+                    optimizer.optimizer.add_param_group(
+                        {**options, "weight_decay": decay, "params": mine}
+                    )
+            return optimizer
+
+        return build_optimizer
+
+    _wrap(optim, "build_optimizer", make)
 
 
 def shorten_progress_bar() -> None:

@@ -218,6 +218,7 @@ class MemoryConfig(Flags):
         "none", "output projection of memory attention: none (the paper), dense or memory"
     )
     memory_lr_scale: float = _flag(3.0, "learning rate of the tables, in units of --lr, under Adam")
+    memory_weight_decay: float = _flag(0.0, "weight decay of the tables, instead of --weight-decay")
 
     def layers(self) -> set[int] | None:
         """Numbers of the layers with look-ups; None: all."""
@@ -256,6 +257,9 @@ class MemoryConfig(Flags):
             self.need(getattr(self, _field(flag)) in allowed, flag, f"choose {', '.join(allowed)}")
         for flag in ("--memory-temperature", "--memory-lr-scale"):
             self.need(0 < getattr(self, _field(flag)) < math.inf, flag, "must be a number > 0")
+        self.need(
+            0 <= self.memory_weight_decay < math.inf, "--memory-weight-decay", "must be 0 or more"
+        )
         return self
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels import routing
 from fairseq_evomoe.modules.experts import Bank, Part
-from fairseq_evomoe.modules.memory_layer import MemoryFFN
+from fairseq_evomoe.modules.memory_layer import MemoryFFN, own_group
 from fairseq_evomoe.modules.plan import RoutingPlan
 
 
@@ -69,6 +69,8 @@ class MemoryBank(Bank):
         self.norm_bias = stack(own["norm.bias"]) if "norm.bias" in own else None
         self.tables2 = stack(own["second.tables"])
         self.bias2 = stack(own["second.bias"])
+        for tables in (self.tables1, self.tables2):
+            own_group(tables, cfg)
         object.__setattr__(self, "form", form.to("meta"))
 
     @property

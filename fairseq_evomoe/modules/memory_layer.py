@@ -14,6 +14,18 @@ from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels.lookup import lookup, score_moment
 
 
+def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
+    """Mark tables for a parameter group with `--memory-weight-decay`.
+
+    The marks are those of fairseq's composite optimizer, which copies them to fp32 masters;
+    `compat.own_weight_decay` makes every other optimizer heed them.
+    """
+    tables.param_group = "memory"  # type: ignore[attr-defined]
+    tables.optim_overrides = {  # type: ignore[attr-defined]
+        "optimizer": {"weight_decay": cfg.memory_weight_decay}
+    }
+
+
 class MemoryLayer(nn.Module):
     """y = sum_k p(z_k) T_k[code(z_k)] + b, z_k the k-th slice of t values of x (eq. 11).
 
@@ -46,6 +58,7 @@ class MemoryLayer(nn.Module):
         moment = score_moment(self.score, self.bits, self.temperature)
         std = 1 / math.sqrt(3 * self.count) / moment / self.scale
         self.tables = nn.Parameter(torch.randn(self.count, 2**self.bits, out) * std)
+        own_group(self.tables, cfg)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def extra_repr(self) -> str:

@@ -92,6 +92,21 @@ def test_checkpoint_round_trip(toy, tmp_path):
                        state["encoder.layers.0.self_attn.qkv.tables"])  # fmt: skip
 
 
+@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
+def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
+    """--weight-decay shrinks dense weights, not tables; resume finds the same two groups."""
+    flags = (*MEMORY, "--weight-decay", 0.3, "--max-update", 4, *precision)
+    train(*train_args(toy, tmp_path, *flags))
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    groups = state["last_optimizer_state"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+    tables = sum(n.endswith("tables") for n in state["model"])
+    assert len(groups[1]["params"]) == tables > 0
+    assert groups[0]["lr"] == groups[1]["lr"]
+    more = train(*train_args(toy, tmp_path, *flags, "--max-update", 6))
+    assert [r["num_updates"] for r in more] == [5, 6]
+
+
 SIZES = {
     "transformer_memoryformer": ("encoder", 3, 256),
     "transformer_memoryformer_iwslt_de_en": ("encoder", 6, 512),

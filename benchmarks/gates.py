@@ -7,8 +7,8 @@
 A run trains with the real fairseq-train, on one thread so that several fit side by side;
 translation is scored by fairseq-generate and sacreBLEU. All runs of a task share data, order of
 batches, model, number of updates, experts and, in the end, active experts per token (1; gshard 2,
-mixture all); only the gate's flags differ. Rows are appended to the csv; a run whose row is there
-is not repeated.
+mixture all; in translation expert_choice has experts in the encoder alone); only the gate's flags
+differ. Rows are appended to the csv; a run whose row is there is not repeated.
 
 Tasks: `multi30k`, English-German captions (train, valid, test2016 .en and .de); `lm`, four English
 texts (Shakespeare, speeches, encyclopedia), each cut into 94 % train, 3 % valid, 3 % test; `mlm`,
@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import sacrebleu
 import sentencepiece as spm
@@ -177,6 +178,9 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
     experts = args.experts or setup["experts"]
     work = args.out / f"{task}-{gate}-{label or 'plain'}-{updates}-{experts}-seed{seed}"
     work.mkdir(parents=True, exist_ok=True)
+    for left_over in work.glob("checkpoint*"):
+        # an interrupted run must not lend its weights to this one
+        left_over.unlink()
     flags = [f.format(tenth=updates // 10) for f in GATES[gate]] + extra
     if gate == "expert_choice" and task == "multi30k":
         flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
@@ -260,7 +264,7 @@ def main() -> None:
     folder = prepare(args.task, args.data, args.out)
     updates = args.updates or TASKS[args.task]["updates"]
     key = lambda r: tuple(str(r[k]) for k in ("task", "gate", "label", "seed", "updates", "flags"))
-    seen = set()
+    seen, lock = set(), Lock()
     if args.csv.exists():
         with args.csv.open() as f:
             seen = {(*key(r), r["experts"]) for r in csv.DictReader(f)}
@@ -271,10 +275,9 @@ def main() -> None:
         if (*key(name | {"flags": " ".join(extra)}), experts) in seen:
             return
         row = one(args.task, gate, args.label, seed, args, extra, folder)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as f:
+        with lock, args.csv.open("a", newline="") as f:
             writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            if new:
+            if f.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
         print({k: v for k, v in row.items() if k not in ("device", "torch", "date")}, flush=True)

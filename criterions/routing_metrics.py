@@ -73,6 +73,10 @@ class RoutingLosses:
         self.weights = [weights[name] for name in LOSSES]
         self.average = cfg.moe_gate_loss_combine_method == "average"
 
+    def trains(self, name: str) -> bool:
+        """Whether the loss `name`, one of `LOSSES`, has a weight."""
+        return self.weights[LOSSES.index(name)] > 0
+
     def add(
         self, loss: Tensor, layers: Sequence[RecordingLayer], *, sample_size: Any, training: bool
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -199,7 +203,9 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
     _log("moe_stage", stage, 1, priority=40)
     _log("moe_temperature", float(total("moe_temperature")) / batches, 1, priority=41)
     pairs = load.sum(1)
-    _log("moe_active_experts", pairs.sum() / tokens.sum(), float(tokens.sum()), priority=42)
+    dropped = total("moe_dropped").sum()
+    active = (pairs.sum() - dropped) / tokens.sum()
+    _log("moe_active_experts", active, float(tokens.sum()), priority=42)
     if sample_size:
         values = dict(zip(LOSSES, (total("moe_losses") / sample_size).tolist(), strict=True))
         _log("moe_gate_loss", values["balance"], sample_size, priority=43)
@@ -208,9 +214,8 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
             _log("moe_distill_loss", values["distill"], sample_size, priority=44)
     if stage < Stage.SPARSIFY:
         return
-    dropped = total("moe_dropped").sum()
     if dropped:
-        _log("moe_overflow", dropped / (dropped + pairs.sum()), float(tokens.sum()), priority=48)
+        _log("moe_overflow", dropped / pairs.sum(), float(tokens.sum()), priority=48)
     experts = load.size(1)
     share = load / pairs[:, None].clamp(min=1)
     weight = float(tokens.sum())

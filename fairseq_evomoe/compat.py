@@ -22,6 +22,7 @@ from fairseq import optim, options
 from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
+from fairseq.models.ema import ema
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def mend() -> None:
     keep_last_batch()
     keep_numpy_compat()
     own_weight_decay()
+    average_weights_alone()
     shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")
@@ -220,6 +222,27 @@ def own_weight_decay() -> None:
         return build_optimizer
 
     _wrap(optim, "build_optimizer", make)
+
+
+def average_weights_alone() -> None:
+    """`--store-ema` averages every entry of a model's state and dies on integers.
+
+    Routing tables and the evolution state (stage, number of updates) are copied instead.
+    """
+
+    def make(original):
+        def __init__(self, model, config, device=None, skip_keys=None):
+            state = model.state_dict().items()
+            copied = {n for n, v in state if n.endswith("_extra_state") or not _is_floating(v)}
+            original(self, model, config, device, copied | set(skip_keys or ()))
+
+        return __init__
+
+    _wrap(ema.EMA, "__init__", make)
+
+
+def _is_floating(value: typing.Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def shorten_progress_bar() -> None:

@@ -29,10 +29,18 @@ class EvoMoEEncoder(LayerStack, TransformerEncoderBase):
 
 
 class EvoMoEDecoder(LayerStack, TransformerDecoderBase):
-    """fairseq's Transformer decoder, with MoE layers where the flags put them."""
+    """fairseq's Transformer decoder, with MoE layers where the flags put them.
+
+    Args:
+        reads: dictionary of the tokens it reads, where that is not the one it writes.
+    """
+
+    def __init__(self, cfg: Any, dictionary: Any, *args: Any, reads: Any = None, **kw: Any) -> None:
+        self._reads = dictionary if reads is None else reads
+        super().__init__(cfg, dictionary, *args, **kw)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
-        layer = DecoderLayer(cfg, self.next_index(), no_encoder_attn, dictionary=self.dictionary)
+        layer = DecoderLayer(cfg, self.next_index(), no_encoder_attn, dictionary=self._reads)
         return wrap(layer, cfg)
 
     def extract_features_scriptable(

@@ -1,6 +1,7 @@
 """`--arch transformer_lm_evomoe*`: the causal language model (GPT) with evolving MoE layers."""
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from fairseq import options
 from fairseq.models import register_model, register_model_architecture
@@ -31,7 +32,9 @@ class TransformerLMEvoMoEConfig(MoEConfig, MemoryConfig, TransformerLanguageMode
     one; trains on a CPU in minutes.
     """
 
-    moe_freq: int = _default(2, "every n-th layer is an MoE layer; 0: none")
+    moe_freq: Optional[int] = _default(  # type: ignore[assignment]
+        None, "every n-th layer is an MoE layer; 0: none; by default 2, or --decoder-moe-freq"
+    )
     moe_expert_count: int = _default(4, "number of experts in each MoE layer")
     decoder_layers: int = _default(4, "layers")
     decoder_embed_dim: int = _default(256, "model width")
@@ -74,9 +77,16 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
                 "--tie-adaptive-weights needs --adaptive-input, and the same factor, cutoff and "
                 "width on both sides"
             )
+        if args.moe_freq is None:
+            args.moe_freq = 0 if args.decoder_moe_freq else 2
         cfg = configure(args, "decoder")
         embed_tokens = cls._embed(args, task.source_dictionary)
-        return cls(EvoMoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        decoder = EvoMoEDecoder(
+            *(cfg, task.target_dictionary, embed_tokens),
+            reads=task.source_dictionary,
+            no_encoder_attn=True,
+        )
+        return cls(decoder)
 
     @classmethod
     def _embed(cls, args, dictionary):

@@ -133,11 +133,15 @@ class EvoMoELayer(RecordingLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(L, B, D) -> (L, B, D); rows of padding are 0 after the diversify stage."""
         unscheduled = self.schedule is None and self._saved is None
-        if self.training and unscheduled and self.gate.changes_over_time:
+        timed = self.gate.changes_over_time or self.cfg.moe_balance_bias
+        if self.training and unscheduled and timed:
+            what = f"--moe-gate {self.cfg.moe_gate}"
+            if not self.gate.changes_over_time:
+                what = f"--moe-balance-bias {self.cfg.moe_balance_bias}"
             raise ValueError(
-                f"--moe-gate {self.cfg.moe_gate} changes over time and this task sets no schedule: "
-                "train with --task translation_evomoe, language_modeling_evomoe or "
-                "masked_lm_evomoe, or start from a checkpoint that was"
+                f"{what} changes over time and this task sets no schedule: train with --task "
+                "translation_evomoe, language_modeling_evomoe or masked_lm_evomoe, or start from a "
+                "checkpoint that was"
             )
         clock = self.clock
         if clock.stage == Stage.DIVERSIFY:
@@ -179,10 +183,9 @@ class EvoMoELayer(RecordingLayer):
         if not (training or self.recording):
             return y
         y = self._touch_idle(y, clock)
-        load = plan.active.sum(0).float()
-        share = load
+        load = plan.wanted.sum(0).float()
+        share = self.gate.load(plan)
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
-            share = load.clone()
             dist.all_reduce(share)
         values = torch.stack(
             [
@@ -195,7 +198,7 @@ class EvoMoELayer(RecordingLayer):
         if self.recording:
             tokens = load.new_tensor(plan.probs.size(0))
             spread = losses.entropy(plan.probs.detach()).sum()
-            dropped = load.new_zeros(()) if plan.dropped is None else plan.dropped
+            dropped = load.sum() - plan.active.sum()
             self.record = RoutingRecord(
                 *(self.name, clock.stage, clock.temperature, tokens, load),
                 *(spread, dropped, values.detach()),

@@ -69,7 +69,7 @@ class RoutingPlan:
         active: the pairs to compute, (T, E) bool.
         probs: clean gate probabilities (no noise, temperature 1), (T, E) float32; rows sum to 1.
         logits: gate logits, (T, E) float32.
-        dropped: pairs that a capacity turned away, scalar; None: there is no capacity.
+        asked: the pairs before a capacity turned some away, (T, E) bool; None: none was.
         distill: loss of a router in training beside the gate (StableMoE), scalar; None: no such.
     """
 
@@ -77,5 +77,10 @@ class RoutingPlan:
     active: Tensor
     probs: Tensor
     logits: Tensor
-    dropped: Tensor | None = None
+    asked: Tensor | None = None
     distill: Tensor | None = None
+
+    @property
+    def wanted(self) -> Tensor:
+        """The gate's choice, whether a capacity allowed it or not, (T, E) bool."""
+        return self.active if self.asked is None else self.asked

@@ -28,9 +28,9 @@ class RoutingRecord:
         name: the layer, "encoder.1" for the second layer of the encoder.
         stage, temperature: of the gate in this forward pass.
         tokens: number of real tokens, scalar float32.
-        load: active pairs of each expert, (E,) float32.
+        load: pairs of each expert, before any capacity, (E,) float32.
         entropy: sum over tokens of the clean gate's entropy in nats, scalar float32.
-        dropped: pairs that a capacity turned away, scalar float32.
+        dropped: how many of them a capacity turned away, scalar float32.
         losses: values of `LOSSES`, (4,) float32.
     """
 

@@ -82,11 +82,37 @@ class EvolutionMixin:
             schedule = check_flags(self.flags, layers[0][1].gate)
             for _, layer in layers:
                 layer.follow(schedule)
+                layer.gate.ready()
+            self._gate = layers[0][1].gate
             logger.info("evolution: %s", schedule)
         return model
 
+    def build_criterion(self, cfg, *args, **kwargs):
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        gate = getattr(self, "_gate", None)
+        if gate is not None:
+            self._check_criterion(criterion, gate)
+        return criterion
+
+    @staticmethod
+    def _check_criterion(criterion: Any, gate: Gate) -> None:
+        routing = getattr(criterion, "routing", None)
+        if isinstance(gate, StableGate) and (routing is None or not routing.trains("distill")):
+            raise ValueError(
+                "--moe-gate stable freezes a router that its distillation loss teaches: train with "
+                "a moe_ criterion and --moe-distill-loss-wt above 0"
+            )
+        if routing is None:
+            logger.warning(
+                "this criterion knows no routing losses: nothing balances the experts, and no "
+                "routing metric is logged; use its moe_ twin"
+            )
+
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kw):
         self.evolve(model, optimizer, update_num, sample)
+        for _, layer in moe_layers(model):
+            # a dummy batch, for a worker that has run out of data, balances nothing
+            layer.gate.counting = not ignore_grad
         return super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad, **kw
         )

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import shutil
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +23,59 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no fairseq checkpoint.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        # torch raises half a dozen kinds, from KeyError and UnpicklingError to OSError
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {first}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of fairseq: it holds no model")
     return state
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises:
-    FileExistsError: `path` exists.
+    """Refuse an output before any work is done.
+
+    Raises:
+        FileExistsError: `path` exists.
+        FileNotFoundError: its folder does not.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists and is not overwritten: remove it, or choose another")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.absolute().parent}")
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it at the end, removed after an error.
+
+    Raises:
+        FileExistsError, FileNotFoundError: as `refuse_existing`.
+    """
+    refuse_existing(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Save under a temporary name, then rename: a killed run leaves no half file.
+    """Save under a temporary name, then rename: `path` is whole or not there.
 
     Raises:
         FileExistsError: `path` exists.
     """
-    refuse_existing(path)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    with in_place_of(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 def flags_of(checkpoint: dict[str, Any]) -> Any:

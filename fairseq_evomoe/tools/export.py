@@ -7,7 +7,6 @@ Optimizer state stays behind. Given such a folder, the tool writes the checkpoin
 
 import argparse
 import json
-import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fairseq_evomoe.tools.checkpoint import command, flags_of, load, refuse_existing, write
+from fairseq_evomoe.tools.checkpoint import (
+    command,
+    flags_of,
+    in_place_of,
+    load,
+    refuse_existing,
+    write,
+)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "fairseq_evomoe checkpoint 1"
@@ -100,12 +106,10 @@ def export(source: Path, folder: Path) -> None:
         "tied": tied,
         **{k: encode(checkpoint[k]) for k in _KEPT if k in checkpoint},
     }
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    safetensors.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    partial.rename(folder)
+    with in_place_of(folder) as partial:
+        partial.mkdir()
+        safetensors.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def restore(folder: Path) -> dict[str, Any]:

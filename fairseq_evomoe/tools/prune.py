@@ -8,6 +8,7 @@ that nobody else knows.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.modules.gates import HashGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
+from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
     command,
     flags_of,
@@ -101,17 +103,21 @@ def keep_most_used(
         load: layer name -> shares, (E,).
         keep: that many; None: as many as the layer that needs most has with a share of at least
             `min_share` / E.
-
-    Raises:
-        ValueError: `keep` is not in 1 to E.
     """
     experts = len(next(iter(load.values())))
     if keep is None:
         keep = max(int((share >= min_share / experts).sum()) for share in load.values())
-    if not 1 <= keep <= experts:
-        raise ValueError(f"--keep {keep}: choose 1 to {experts}, the number of experts")
     most = {n: share.sort(descending=True, stable=True).indices for n, share in load.items()}
     return {n: sorted(order[:keep].tolist()) for n, order in most.items()}
+
+
+def fewest(cfg: MoEConfig) -> int:
+    """The least number of experts with which a layer's flags still make sense."""
+    needs = {"gshard": 2, "topk": cfg.moe_top_k, "dts": cfg.dts_top_k}
+    at_least = needs.get(cfg.moe_gate, 1)
+    if cfg.moe_gate == "expert_choice":
+        return max(at_least, math.ceil(cfg.moe_capacity_factor))
+    return at_least
 
 
 def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: list[int]) -> None:
@@ -126,10 +132,17 @@ def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: l
         key = f"{name}.gate.{part}"
         if key in state:
             state[key] = state[key][rows].clone()
+    words = f"{name}.gate.token_bias"
+    if words in state:
+        state[words] = state[words][:, rows].clone()
     table = f"{name}.gate.table"
     if table in state and (state[table] >= 0).all():
+        # words stay with their expert; those of a dropped one go where the router would have them
+        place = torch.full((layer.cfg.moe_expert_count,), -1)
+        place[rows] = torch.arange(len(kept))
         router = state[f"{name}.gate.words"].float() @ state[f"{name}.gate.distilled"].float().t()
-        state[table] = router.argmax(-1)
+        moved = place[state[table]]
+        state[table] = torch.where(moved >= 0, moved, router.argmax(-1))
 
 
 def prune(
@@ -155,12 +168,21 @@ def prune(
         raise ValueError(f"{path} holds no MoE layer")
     if any(isinstance(m.gate, HashGate) for m in layers.values()):
         raise ValueError("--moe-gate hash: its experts have words of their own, none can go")
+    if any(m.clock.stage == Stage.DIVERSIFY for m in layers.values()):
+        raise ValueError(f"{path} is from before the split: it has one expert, none can go")
+    experts = next(iter(layers.values())).cfg.moe_expert_count
+    least = max(fewest(m.cfg) for m in layers.values())
+    if keep is not None and not least <= keep <= experts:
+        raise ValueError(
+            f"--keep {keep}: choose {least} (what the gate's flags need) to {experts} (all)"
+        )
     cfg.common.cpu = cpu or cfg.common.cpu
     task.load_dataset(subset)
     before = measure(model, task, cfg, subset=subset, max_tokens=max_tokens)
     kept = keep_most_used(before.load, keep=keep, min_share=min_share)
+    if len(next(iter(kept.values()))) < least:
+        kept = keep_most_used(before.load, keep=least, min_share=min_share)
 
-    experts = next(iter(layers.values())).cfg.moe_expert_count
     left = len(next(iter(kept.values())))
     flags = flags_of(checkpoint)
     moe = MoEConfig.from_args(model_flags := cfg.model)
@@ -192,7 +214,9 @@ def prune(
 
 
 def run(args: argparse.Namespace) -> None:
-    refuse_existing(args.output)
+    for path in (args.output, args.json):
+        if path is not None:
+            refuse_existing(path)
     if args.min_share < 0:
         raise ValueError(f"--min-share {args.min_share}: must be >= 0")
     checkpoint, report = prune(

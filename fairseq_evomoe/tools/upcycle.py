@@ -9,6 +9,8 @@ the gate; `--no-optimizer-state` leaves them out.
 """
 
 import argparse
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,15 +163,20 @@ def _by_parameter(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, its optimizer state) from one entry a parameter or from one flat entry for all."""
     sizes = [p.numel() for _, p in parameters]
-    found = [v for entry in state.values() for v in entry.values() if _is_moment(v)]
     expected = [sum(sizes)] if flat else sizes
-    if len(state) != len(expected) or {v.numel() for v in found} != set(expected):
+    # by number, not by order: a parameter's entry is made when its first gradient comes
+    if set(state) != set(range(len(expected))) or any(
+        v.numel() != size
+        for i, size in enumerate(expected)
+        for v in state[i].values()
+        if _is_moment(v)
+    ):
         raise ValueError(
             "the optimizer state does not fit the model's parameters; upcycle with "
             "--no-optimizer-state"
         )
     if not flat:
-        yield from zip((n for n, _ in parameters), state.values(), strict=True)
+        yield from ((name, state[i]) for i, (name, _) in enumerate(parameters))
         return
     (whole,) = state.values()
     offset = 0
@@ -224,6 +231,8 @@ def upcycle(
     flags = with_flags(flags, _name=name, arch=name, **moe)
     torch.manual_seed(seed)
     grown = task.build_model(_built(flags), from_checkpoint=True)
+    for _, layer in moe_layers(grown):
+        layer.gate.ready()
     plan = Upcycled(dense, grown, rule, seed)
     plan.weights()
     history = checkpoint.get("optimizer_history") or [{}]
@@ -250,6 +259,10 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output)
     rule = SplitRule.from_flags(args)
     moe = MoEConfig.from_args(args)
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: must be a number > 0")
+    if moe.moe_shared_expert and not rule.keep_base:
+        raise ValueError("--evo-base-expert diverse: --moe-shared-expert keeps the base as it is")
     if not (moe.moe_freq or moe.encoder_moe_freq or moe.decoder_moe_freq):
         moe.moe_freq = 2
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}
@@ -268,14 +281,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}; to continue, add to the dense run's flags:")
     print(
         f"  --user-dir fairseq_evomoe --task <its task>_evomoe --criterion moe_<its criterion> "
-        f"--arch {checkpoint_model(checkpoint)} <its sizes> --moe-gate {moe.moe_gate} "
-        f"--moe-expert-count {moe.moe_expert_count} --restore-file {args.output} "
+        f"--arch {target_model(flags_of(checkpoint))} <its sizes> {command_line(moe)} "
+        f"--restore-file {args.output} "
         + (f"--evo-spawn-update {updates}" if kept else "--evo-spawn-update 0 --reset-optimizer")
     )
 
 
-def checkpoint_model(checkpoint: dict[str, Any]) -> str:
-    return target_model(flags_of(checkpoint))
+def command_line(moe: MoEConfig) -> str:
+    """The MoE flags that are not at their defaults, as a command line has them."""
+    words = []
+    for field in dataclasses.fields(moe):
+        value = getattr(moe, field.name)
+        if field.name != "_name" and value != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+    return " ".join(words)
 
 
 def parser() -> argparse.ArgumentParser:

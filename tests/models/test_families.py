@@ -94,6 +94,57 @@ def test_every_gate_trains_in_every_family(toy, tmp_path, family, gate):
         assert moved["experts.w1"] and all(v for n, v in moved.items() if n == "gate.weight")
 
 
+def test_one_sided_frequency_of_a_language_model(toy):
+    """--decoder-moe-freq 1 alone means every layer, as for translation."""
+    _, _, model = build(toy, "--decoder-moe-freq", 1, family="lm")
+    assert len(moe_layers(model)) == 2
+    _, _, model = build(toy, "--moe-freq", 0, family="lm")
+    assert moe_layers(model) == []
+
+
+@pytest.mark.parametrize(
+    "gate", [("stable",), ("hash", "--moe-hash-mapping", "random"), ("dts",)], ids=str
+)
+def test_gates_know_the_dictionary_that_is_read(toy, gate):
+    """--output-dictionary-size cuts what is written; routing reads every word all the same."""
+    extra = ("--moe-gate-token-bias", 1) if gate == ("dts",) else ()
+    flags = ("--moe-gate", *gate, *extra, "--output-dictionary-size", 12)
+    _, task, model = build(toy, *flags, "--evo-spawn-update", 0, family="lm")
+    batch = valid_batch(task)
+    assert batch["net_input"]["src_tokens"].max() > 12
+    assert torch.isfinite(model.eval()(**batch["net_input"])[0]).all()
+
+
+@pytest.mark.parametrize("gate", ["dts", "stable", "hash", "bias"])
+def test_ema_copies_what_it_cannot_average(toy, tmp_path, gate):
+    """--store-ema trains with integer buffers; tables and stage in the average are the model's."""
+    own = ("--moe-gate", gate)
+    own = ("--moe-gate", "switch", "--moe-balance-bias", 0.01) if gate == "bias" else own
+    train(*train_args(toy, tmp_path, *own, *STAGES, "--max-update", 5, "--store-ema"))
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    average = state["extra_state"]["ema"]
+    exact = [k for k in average if k.endswith(("_extra_state", "table", "bias_steps"))]
+    assert exact and all(torch.equal(average[k], state["model"][k]) for k in exact)
+    name = "encoder.layers.1.moe_layer.experts.w1"
+    assert not torch.equal(average[name], state["model"][name])
+
+
+def test_stable_needs_its_distillation(toy, tmp_path):
+    """A criterion that does not distil would freeze a random router: refused by name."""
+    for flags in (("--criterion", "cross_entropy"), ("--moe-distill-loss-wt", 0)):
+        args = train_args(toy, tmp_path, "--moe-gate", "stable", *flags, family="lm")
+        with pytest.raises(ValueError, match="--moe-distill-loss-wt above 0"):
+            train(*args)
+
+
+def test_a_criterion_without_routing_losses_is_said(toy, caplog):
+    """Our task with a stock criterion trains, with a warning that nothing balances."""
+    cfg, task, _ = build(toy, "--moe-gate", "switch", "--criterion", "cross_entropy", family="lm")
+    with caplog.at_level("WARNING"):
+        task.build_criterion(cfg.criterion)
+    assert "nothing balances the experts" in caplog.text
+
+
 def test_stable_freezes_in_training(toy, tmp_path):
     """The router freezes at --stable-freeze-update; the distillation loss ends with it."""
     flags = ("--moe-gate", "stable", "--stable-freeze-update", 4, "--max-update", 7)
@@ -101,7 +152,13 @@ def test_stable_freezes_in_training(toy, tmp_path):
     assert [r["moe_stage"] for r in rows] == [1] * 4 + [2] * 3
     assert ["moe_distill_loss" in r for r in rows] == [True] * 4 + [False] * 3
     state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
-    assert (state["encoder.layers.1.moe_layer.gate.table"] >= 0).all()
+    table = state["encoder.layers.1.moe_layer.gate.table"]
+    assert (table >= 0).all()
+    again = ("--restore-file", tmp_path / "checkpoint_last.pt", "--reset-optimizer")
+    rows = train(*train_args(toy, tmp_path / "b", *flags, *again))
+    assert not any("moe_distill_loss" in r for r in rows), "a restart does not thaw the router"
+    state = torch.load(tmp_path / "b/checkpoint_last.pt", weights_only=False)["model"]
+    assert torch.equal(state["encoder.layers.1.moe_layer.gate.table"], table)
 
 
 def test_balance_bias_moves_in_training(toy, tmp_path):
@@ -144,6 +201,11 @@ def test_sizes(toy, arch):
     model = convert_namespace_to_omegaconf(args).model
     found = [getattr(model, f"{side}_{x}") for x in ("layers", "embed_dim", "ffn_embed_dim")]
     assert found == [layers, width, hidden]
+    if getattr(model, "moe_freq", 2) is None:
+        # the default of the language model is settled when it is built
+        _, _, built = build(toy, "--decoder-layers", 4, family="lm")
+        assert len(moe_layers(built)) == 2
+        model.moe_freq = 2
     cfg = MoEConfig.from_args(model).check(GATES)
     assert cfg.moe_expert_count == experts
     assert sum(cfg.is_moe_layer(side, i) for i in range(layers)) == moe
@@ -167,6 +229,7 @@ def test_every_task_and_architecture_is_ours():
         ("mlm", ("--quant-noise-pq", 0.1), "--quant-noise-pq 0.1"),
         ("lm", ("--evo-base-expert", "diverse", "--moe-shared-expert"), "--evo-base-expert"),
         ("lm", ("--moe-gate", "stable", "--max-update", 0), "--stable-freeze-update"),
+        ("lm", ("--moe-gate", "hash", "--moe-hash-mapping", "none.json"), "none.json: no such"),
         (
             "lm",
             ("--moe-gate", "stable", "--evo-spawn-update", 9, "--stable-freeze-update", 5),

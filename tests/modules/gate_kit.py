@@ -19,6 +19,7 @@ class Words:
     symbols = [f"w{i}" for i in range(20)]
     indices = {s: i for i, s in enumerate(symbols)}
     count = [1000 // (i + 1) for i in range(20)]
+    eos_word = "</s>"
 
     def __len__(self):
         return len(self.symbols)

@@ -12,7 +12,7 @@ from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.modules.gates import GATES, Site
 from fairseq_evomoe.modules.gates import base_assignment as base
 from fairseq_evomoe.modules.gates.expert_choice import choose
-from fairseq_evomoe.modules.gates.hash import balance_by_count
+from fairseq_evomoe.modules.gates.hash import balance_by_count, counts_of
 from fairseq_evomoe.modules.plan import Clock, TokenBatch
 
 CLOCK = Clock(SOFT, 1.0)
@@ -51,7 +51,13 @@ def test_switch_capacity(factor, prioritized):
     for t in range(23):
         want = [rows[t][e] if e == best[t] and kept[t] else 0.0 for e in range(E)]
         assert plan.weights[t].tolist() == pytest.approx(want, abs=1e-6)
-    assert plan.dropped.item() == 23 - sum(kept)
+    assert plan.wanted.sum(1).tolist() == [1] * 23
+    assert (plan.wanted & ~plan.active).sum() == 23 - sum(kept)
+    # eq. 5 counts the choices before any is dropped
+    share = [best.count(e) / 23 for e in range(E)]
+    mean = [sum(p[e] for p in rows) / 23 for e in range(E)]
+    loss = E * sum(f * m for f, m in zip(share, mean, strict=True))
+    assert made.balance(plan, made.load(plan)).item() == pytest.approx(loss, rel=1e-5)
     assert made.eval()(torch.randn(50, D), CLOCK).active.sum(1).tolist() == [1] * 50
 
 
@@ -113,7 +119,7 @@ def test_gshard(policy, before, factor):
     share = [first.count(e) / 23 for e in range(E)]
     mean = [sum(p[t][e] for t in range(23)) / 23 for e in range(E)]
     loss = E * sum(f * m for f, m in zip(share, mean, strict=True))
-    assert made.balance(plan, plan.active.sum(0)).item() == pytest.approx(loss, rel=1e-5)
+    assert made.balance(plan, made.load(plan)).item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_gshard_evaluates_the_two_best():
@@ -226,6 +232,18 @@ def test_balanced_hash_is_the_greedy_rule():
     assert max(load) / min(load) < 1.6, "the most frequent word alone is a quarter of all"
     unseen = balance_by_count([0] * 40, 4, {})
     assert unseen.bincount().tolist() == [10] * 4, "words without a count spread too"
+
+
+def test_frequent_symbols_that_a_dictionary_does_not_count():
+    """The end of a sentence and the mask count like the most frequent word."""
+
+    class Text(Words):
+        symbols = ["</s>", *Words.symbols, "<mask>"]
+        indices = {s: i for i, s in enumerate(symbols)}
+        count = [1, *Words.count, 1]
+        eos_word = "</s>"
+
+    assert counts_of(Text()) == [1000, *Words.count, 1000]
 
 
 def test_random_hash_is_seeded():
@@ -369,7 +387,10 @@ def test_balance_bias(name):
     made.move_bias()
     want = [(load.float().mean() > n) * 1 - (load.float().mean() < n) * 1 for n in load]
     assert made.bias_steps.tolist() == [int(w) for w in want]
-    assert made.seen.sum() == 0, "the next update counts anew"
+    assert made.seen is None, "the next update counts anew"
+    made.counting = False
+    made(x, clock)
+    assert made.seen is None, "a dummy batch does not count"
     made.eval()
     made.bias_steps.fill_(0)
     plain = made(x, clock)
@@ -418,6 +439,15 @@ def test_token_bias(name):
     assert used.nonzero().squeeze(1).tolist() == sorted(set(tokens.token.tolist()))
     with pytest.raises(ValueError, match="--moe-gate-token-bias: this layer was given no token"):
         made(x, CLOCK)
+
+
+@pytest.mark.parametrize("name", ["dts", "hash", "base", "stable", "topk", "dense"])
+def test_a_capacity_is_refused_where_there_is_none(name):
+    """Never silently ignored: the flag and the gate are named."""
+    with pytest.raises(ValueError, match=f"--moe-capacity-factor 1.0: --moe-gate {name}"):
+        gate(name, moe_capacity_factor=1.0)
+    with pytest.raises(ValueError, match="--moe-batch-prioritized-routing True"):
+        gate("switch", moe_batch_prioritized_routing=True)
 
 
 @pytest.mark.parametrize("name", ["hash", "stable"])

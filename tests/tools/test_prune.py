@@ -78,6 +78,7 @@ def test_an_unused_expert_costs_nothing(toy, tmp_path):
         ("--moe-gate", "switch", "--moe-balance-bias", 0.1),
         ("--moe-gate", "stable", "--stable-freeze-update", 2),
         ("--moe-gate", "base"),
+        ("--moe-gate", "switch", "--moe-gate-token-bias", 1),
         ("--evo-spawn-update", 0, "--dts-hard-update", 0),
     ],
     ids=str,
@@ -100,6 +101,20 @@ def test_every_kind_of_state_shrinks(toy, tmp_path, flags):
         assert b.clock == a.clock
 
 
+def test_words_keep_their_expert(toy, tmp_path):
+    """StableMoE's frozen words stay where they are unless their expert goes."""
+    train(*train_args(toy, tmp_path, "--moe-gate", "stable", "--stable-freeze-update", 2,
+                      "--max-update", 12))  # fmt: skip
+    path = tmp_path / "checkpoint_last.pt"
+    report = pruned(path, tmp_path / "p.pt", "--keep", 3)
+    old, new = load(path)["model"], load(tmp_path / "p.pt")["model"]
+    for name, kept in report["kept"].items():
+        a, b = old[f"{name}.gate.table"], new[f"{name}.gate.table"]
+        stays = torch.isin(a, torch.tensor(kept))
+        assert torch.equal(torch.tensor(kept)[b[stays]], a[stays])
+        assert 0 < stays.float().mean() < 1 and b.max() < 3
+
+
 def test_refusals(checkpoint, toy, tmp_path, capsys):
     """A count out of range, a gate that cannot lose experts, a dense model: named, no file."""
     _, path = checkpoint
@@ -109,9 +124,14 @@ def test_refusals(checkpoint, toy, tmp_path, capsys):
             pruned(path, tmp_path / "p.pt", *flags)
         assert message in capsys.readouterr().err and not (tmp_path / "p.pt").exists()
 
-    fails(path, "--keep 9: choose 1 to 4", "--keep", 9)
+    fails(path, "--keep 9: choose 1 (what the gate's flags need) to 4 (all)", "--keep", 9)
     fails(path, "--min-share -1.0", "--min-share", -1)
     train(*train_args(toy, tmp_path / "h", "--moe-gate", "hash", "--max-update", 1))
     fails(tmp_path / "h/checkpoint_last.pt", "--moe-gate hash")
+    train(*train_args(toy, tmp_path / "k", "--moe-gate", "gshard", "--max-update", 1))
+    fails(tmp_path / "k/checkpoint_last.pt", "--keep 1: choose 2", "--keep", 1)
+    early = ("--evo-spawn-update", 2, "--max-update", 3, "--save-interval-updates", 1)
+    train(*train_args(toy, tmp_path / "s", *early))
+    fails(tmp_path / "s/checkpoint_1_1.pt", "from before the split")
     train(*train_args(toy, tmp_path / "d", "--moe-freq", 0, "--max-update", 1))
     fails(tmp_path / "d/checkpoint_last.pt", "holds no MoE layer")

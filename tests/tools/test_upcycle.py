@@ -56,7 +56,8 @@ def test_copies_leave_the_output_unchanged(dense, tmp_path, capsys):
     have, _ = output(grown)
     real = net_input.get("prev_output_tokens", net_input["src_tokens"]).ne(1)
     assert torch.allclose(have[real], want[real], atol=2e-5)
-    assert "--restore-file" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--restore-file" in out and "--moe-freq 1 --moe-expert-count 3" in out
     mixed, _ = output(grow(path, tmp_path / "mask.pt"))
     assert not torch.allclose(mixed[real], want[real], atol=1e-3)
 
@@ -109,6 +110,19 @@ def test_our_own_dense_model(small, tmp_path):
     assert extra.tolist() == [2, 1, 2.0, 1]
 
 
+def test_moments_are_found_by_number(small):
+    """torch lists a parameter's state when its first gradient comes: order means nothing."""
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(small)])
+    cfg.model.moe_freq = 1
+    plan = Upcycled(model, task.build_model(cfg.model, from_checkpoint=True), SplitRule(), seed=1)
+    entries = {i: {"exp_avg": torch.full_like(p, i)} for i, p in enumerate(model.parameters())}
+    shuffled = dict(sorted(entries.items(), key=lambda kv: (kv[0] * 7) % len(entries)))
+    groups = [{"params": list(entries)}]
+    one = plan.moments({"state": entries, "param_groups": groups})["state"]
+    two = plan.moments({"state": shuffled, "param_groups": groups})["state"]
+    assert all(torch.equal(one[i]["exp_avg"], two[i]["exp_avg"]) for i in one)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("mode", ["mask", "copy"])
 def test_moments_in_each_layout(small, flat, mode):
@@ -151,6 +165,9 @@ def test_moments_in_each_layout(small, flat, mode):
         (("--moe-gate", "magic"), "--moe-gate magic"),
         (("--evo-diversify", "magic"), "--evo-diversify"),
         (("--encoder-moe-freq", 9, "--moe-freq", 9), "--moe-freq: no layer would become"),
+        (("--temperature", 0), "--temperature 0.0"),
+        (("--moe-shared-expert", "--evo-base-expert", "diverse"), "--evo-base-expert diverse"),
+        (("--moe-gate", "hash", "--moe-hash-mapping", "no.json"), "no.json: no such file"),
     ],
     ids=str,
 )

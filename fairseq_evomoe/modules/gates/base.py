@@ -1,7 +1,7 @@
 """What every gate shares. Letters: T tokens, D model width, E experts, V vocabulary."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Gate(nn.Module):
     """True where training starts, unless flags say otherwise, from one base expert."""
     changes_over_time = False
     """True where the rule follows the schedule: training without one is a mistake."""
+    takes_capacity = False
+    """True where `--moe-capacity-factor` means something."""
     takes_bias = False
     """True where `--moe-balance-bias` can act: experts are chosen by score."""
     takes_token_bias = False
@@ -67,6 +69,18 @@ class Gate(nn.Module):
             f"--moe-gate {cfg.moe_gate} does not choose by score; leave it out",
         )
         cfg.need(
+            cls.takes_capacity or not cfg.moe_capacity_factor,
+            "--moe-capacity-factor",
+            f"--moe-gate {cfg.moe_gate} has no capacity; leave it out",
+        )
+        cfg.need(
+            not cfg.moe_batch_prioritized_routing
+            or (cfg.moe_capacity_factor > 0 and cfg.moe_gate in ("switch", "gshard")),
+            "--moe-batch-prioritized-routing",
+            "acts where a capacity drops tokens: give --moe-gate switch or gshard a "
+            "--moe-capacity-factor",
+        )
+        cfg.need(
             cls.takes_token_bias or not cfg.moe_gate_token_bias,
             "--moe-gate-token-bias",
             f"--moe-gate {cfg.moe_gate} has no use for it; leave it out",
@@ -75,6 +89,17 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
         """Route T real tokens: x (T, D) of any float dtype -> RoutingPlan, float32."""
         raise NotImplementedError
+
+    def ready(self) -> None:
+        """Refuse to start training with something missing that a checkpoint would bring.
+
+        Raises:
+            ValueError: names the flag and the fix.
+        """
+
+    def load(self, plan: RoutingPlan) -> Tensor:
+        """Pairs of each expert that the balance loss counts, (E,) float32, capacity aside."""
+        return plan.wanted.sum(0).float()
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         """The balance loss of a plan, scalar; `load` (E,), of one or of all workers."""
@@ -103,7 +128,6 @@ class ScoreGate(Gate):
     takes_bias = True
     takes_token_bias = True
     bias_steps: Tensor
-    seen: Tensor
 
     def __init__(self, cfg: MoEConfig, site: Site) -> None:
         super().__init__(cfg, site)
@@ -112,7 +136,8 @@ class ScoreGate(Gate):
         if cfg.moe_balance_bias:
             # b in steps of u: integers stay exact under .half()
             self.register_buffer("bias_steps", torch.zeros(len(weight), dtype=torch.int64))
-            self.register_buffer("seen", torch.zeros_like(self.bias_steps), persistent=False)
+            self.seen: Tensor | None = None
+            self.counting = True
         if cfg.moe_gate_token_bias:
             if site.dictionary is None:
                 raise ValueError(f"--moe-gate-token-bias: {site.name} does not know its dictionary")
@@ -127,9 +152,9 @@ class ScoreGate(Gate):
                     raise ValueError("--moe-gate-token-bias: this layer was given no token ids")
                 logits = logits + F.embedding(tokens.token, self.token_bias.float())
             plan = self.route(logits, logits.softmax(-1), clock, tokens)
-        if self.cfg.moe_balance_bias and self.training:
-            with torch.no_grad():
-                self.seen += plan.active.sum(0)
+        if self.cfg.moe_balance_bias and self.training and self.counting:
+            load = plan.wanted.sum(0)
+            self.seen = load if self.seen is None else self.seen + load
         return plan
 
     def route(
@@ -147,11 +172,12 @@ class ScoreGate(Gate):
     @torch.no_grad()
     def move_bias(self, all_reduce: Any = None) -> None:
         """Step the bias by the load seen since the last step, summed by `all_reduce` in place."""
+        seen = torch.zeros_like(self.bias_steps) if self.seen is None else self.seen
         if all_reduce is not None:
-            all_reduce(self.seen)
-        load = self.seen.double()
+            all_reduce(seen)
+        load = seen.double()
         self.bias_steps += (load.mean() - load).sign().long()
-        self.seen.zero_()
+        self.seen = None
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -195,8 +221,3 @@ def within_capacity(
         # as in GShard, a second choice queues behind all first ones, dropped or not
         taken = taken + chosen.sum(0)
     return kept
-
-
-def limited(plan: RoutingPlan, wanted: Tensor, kept: Tensor) -> RoutingPlan:
-    """`plan` with the number of pairs that its capacity dropped."""
-    return replace(plan, dropped=(wanted.sum() - kept.sum()).float())

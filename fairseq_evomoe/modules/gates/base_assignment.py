@@ -45,7 +45,10 @@ class BaseGate(ScoreGate):
             active = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, expert[:, None], True)
         else:
             active = top_k_mask(logits, 1)
-        return RoutingPlan(torch.sigmoid(logits) * active, active, probs.detach(), logits)
+        return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits)
+
+    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
+        return super().balance(plan, load).detach()
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:

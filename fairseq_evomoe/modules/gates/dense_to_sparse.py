@@ -79,9 +79,9 @@ class DenseToSparseGate(ScoreGate):
             "--dts-noise",
             "--dts-parity keeps full noise; give --dts-noise gumbel",
         )
-        cfg.need(
-            not cfg.moe_balance_bias, "--moe-balance-bias", "--dts-parity knows none; leave it out"
-        )
+        for flag in ("--moe-balance-bias", "--moe-gate-token-bias", "--moe-balance-all-ranks"):
+            value = getattr(cfg, flag[2:].replace("-", "_"))
+            cfg.need(not value, flag, "the official code knows none; leave it or --dts-parity out")
 
     def route(
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None

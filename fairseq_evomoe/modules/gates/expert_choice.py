@@ -19,6 +19,7 @@ class ExpertChoiceGate(ScoreGate):
     """
 
     takes_bias = False
+    takes_capacity = True
 
     def __init__(self, cfg: MoEConfig, site: Site) -> None:
         super().__init__(cfg, site)

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules import losses
 from fairseq_evomoe.modules.gates.base import (
     ScoreGate,
     capacity,
-    limited,
     top_k_mask,
     within_capacity,
 )
@@ -29,6 +27,8 @@ class GShardGate(ScoreGate):
     Its balance loss counts first choices alone: E sum_e f_e P_e, f_e the share of tokens whose
     argmax is e.
     """
+
+    takes_capacity = True
 
     @classmethod
     def check(cls, cfg: MoEConfig) -> None:
@@ -71,8 +71,8 @@ class GShardGate(ScoreGate):
             # a token that lost both experts divides 0 by 1
             total = weights.sum(-1, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1)
-        plan = RoutingPlan(weights, active, probs, logits)
-        return limited(plan, first | second, active) if limits else plan
+        asked = first | second if limits else None
+        return RoutingPlan(weights, active, probs, logits, asked=asked)
 
-    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
-        return losses.balance_loss(plan.probs, top_k_mask(self.scores(plan.logits), 1).sum(0))
+    def load(self, plan: RoutingPlan) -> Tensor:
+        return top_k_mask(self.scores(plan.logits), 1).sum(0).float()

@@ -17,8 +17,9 @@ class HashGate(Gate):
     """A fixed table from token id to expert, weight 1, nothing to learn (arXiv 2106.04426).
 
     `--moe-hash-mapping`: `random` draws an expert for each id; `balanced` hands ids, most frequent
-    first, to the expert with the least load so far, by the dictionary's counts (section 3.1); else
-    a JSON file {token: expert}, for instance of clusters, whose missing tokens are balanced over.
+    first, to the expert with the least load so far, by the dictionary's counts (section 3.1; a
+    dictionary joined over two languages counts both, so each side is balanced less well); else a
+    JSON file {token: expert}, for instance of clusters, whose missing tokens are balanced over.
     The token is the one at the layer's position: the source word in an encoder, the previous target
     word in a decoder, the mask itself where a masked LM hides a word. The table is saved with the
     weights.
@@ -33,6 +34,9 @@ class HashGate(Gate):
         self.register_buffer("table", _table(cfg, site))
         self._complete = False
 
+    def ready(self) -> None:
+        self.cfg.need(bool((self.table >= 0).all()), "--moe-hash-mapping", "no such file")
+
     @classmethod
     def check(cls, cfg: MoEConfig) -> None:
         super().check(cfg)
@@ -46,7 +50,7 @@ class HashGate(Gate):
         if tokens is None:
             raise ValueError("--moe-gate hash routes by token ids, and this layer was given none")
         if not self._complete:
-            self.cfg.need(bool((self.table >= 0).all()), "--moe-hash-mapping", "no such file")
+            self.ready()
             self._complete = True
         expert = self.table[tokens.token]
         active = torch.zeros(
@@ -67,7 +71,21 @@ def _table(cfg: MoEConfig, site: Site) -> Tensor:
             # a checkpoint brings its own table; training without one is refused
             return torch.full((vocabulary,), -1)
         fixed = read_mapping(path, site.dictionary, experts)
-    return balance_by_count(site.dictionary.count, experts, fixed)
+    return balance_by_count(counts_of(site.dictionary), experts, fixed)
+
+
+def counts_of(dictionary: Any) -> list[int]:
+    """Occurrences of each id in the training text, as far as a fairseq dictionary knows them.
+
+    It counts the end of a sentence and the mask of a masked LM once, though they are among the
+    most frequent: they are given the count of the most frequent word.
+    """
+    counts = list(dictionary.count)
+    frequent = {dictionary.indices.get(s) for s in (dictionary.eos_word, "<mask>")} - {None}
+    most = max((n for i, n in enumerate(counts) if i not in frequent), default=1)
+    for i in frequent:
+        counts[i] = max(counts[i], most)
+    return counts
 
 
 def read_mapping(path: Path, dictionary: Any, experts: int) -> dict[int, int]:

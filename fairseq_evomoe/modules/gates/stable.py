@@ -63,16 +63,14 @@ class StableGate(ScoreGate):
         if tokens is None:
             raise ValueError("--moe-gate stable routes by token ids, and this layer was given none")
         distill = None
-        if self._by_table(clock):
+        # a restart that resets the updates does not thaw the router
+        if self.frozen:
             active = torch.zeros_like(logits, dtype=torch.bool)
             active.scatter_(1, self.table[tokens.token][:, None], True)
         else:
             active = top_k_mask(logits, 1)
             distill = self._distill(active, tokens) if self.training else None
         return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits, distill=distill)
-
-    def _by_table(self, clock: Clock) -> bool:
-        return clock.stage == Stage.HARD and self.frozen
 
     def _distill(self, active: Tensor, tokens: TokenBatch) -> Tensor:
         words = F.linear(self.words[tokens.token].float(), self.distilled.float())
@@ -91,4 +89,6 @@ class StableGate(ScoreGate):
         return ((load - even) / even * per_expert).sum()
 
     def idle(self, clock: Clock) -> Sequence[nn.Parameter]:
-        return [self.words, self.distilled] if self._by_table(clock) else super().idle(clock)
+        if clock.stage == Stage.DIVERSIFY or not self.frozen:
+            return super().idle(clock)
+        return [self.words, self.distilled]

@@ -5,7 +5,6 @@ from torch import Tensor
 from fairseq_evomoe.modules.gates.base import (
     ScoreGate,
     capacity,
-    limited,
     top_k_mask,
     within_capacity,
 )
@@ -20,6 +19,8 @@ class SwitchGate(ScoreGate):
     before it. Evaluation never drops.
     """
 
+    takes_capacity = True
+
     def route(
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
     ) -> RoutingPlan:
@@ -29,5 +30,5 @@ class SwitchGate(ScoreGate):
             surest = (probs * wanted).sum(-1) if self.cfg.moe_batch_prioritized_routing else None
             limit = capacity(self.cfg, len(probs), 1)
             (active,) = within_capacity([wanted], limit, priority=surest)
-        plan = RoutingPlan(probs * active, active, probs, logits)
-        return limited(plan, wanted, active) if limits else plan
+        asked = wanted if limits else None
+        return RoutingPlan(probs * active, active, probs, logits, asked=asked)

@@ -218,6 +218,10 @@ class MemoryConfig(Flags):
         "none", "output projection of memory attention: none (the paper), dense or memory"
     )
     memory_lr_scale: float = _flag(3.0, "learning rate of the tables, in units of --lr, under Adam")
+    memory_tables: str = _flag(
+        "trained",
+        "storage of tables: trained, or bf16 or int8 as evomoe-export --tables has them",
+    )
     memory_weight_decay: float = _flag(0.0, "weight decay of the tables, instead of --weight-decay")
 
     def layers(self) -> set[int] | None:
@@ -252,6 +256,7 @@ class MemoryConfig(Flags):
         for flag, allowed in (
             ("--memory-score", ("prob", "abs_prob", "l1")),
             ("--memory-norm", ("layer", "rms")),
+            ("--memory-tables", ("trained", "bf16", "int8")),
             ("--memory-out-proj", ("none", "dense", "memory")),
         ):
             self.need(getattr(self, _field(flag)) in allowed, flag, f"choose {', '.join(allowed)}")

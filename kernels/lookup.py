@@ -18,7 +18,14 @@ from fairseq_evomoe.kernels import backend, reference
 SCORES = ("prob", "abs_prob", "l1")
 
 
-def lookup(z: Tensor, tables: Tensor, *, score: str, temperature: float = 1.0) -> Tensor:
+def lookup(
+    z: Tensor,
+    tables: Tensor,
+    *,
+    score: str,
+    temperature: float = 1.0,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     """y_b = sum_k p(z_bk) T_k[code(z_bk)], eq. 11 of arXiv 2411.12992.
 
     code = sum_i [z_i >= 0] 2^i, first value lowest (eq. 4). With S = sum_i |z_i| `score` is `prob`:
@@ -27,9 +34,10 @@ def lookup(z: Tensor, tables: Tensor, *, score: str, temperature: float = 1.0) -
 
     Args:
         z: (B, K, t), any float dtype.
-        tables: (K, N, H), any float dtype.
+        tables: (K, N, H), any float dtype; int8 with a `row_scale`.
         score: one of `SCORES`.
         temperature: of `prob` and `abs_prob`.
+        row_scale: (K, N) float32, multiplies each row; for inference, without gradients.
 
     Returns:
         (B, H), dtype of `z`. Differentiable in z and tables; their gradients are dense.
@@ -47,7 +55,28 @@ def lookup(z: Tensor, tables: Tensor, *, score: str, temperature: float = 1.0) -
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
     op = backend.choose(torch=_torch_lookup, reference=reference.lookup)
     with torch.autocast(z.device.type, enabled=False):
+        if row_scale is not None:
+            return _scaled_lookup(z, tables, row_scale, score, temperature)
         return op(z, tables, score=score, temperature=temperature)
+
+
+@torch.no_grad()
+def _scaled_lookup(z, tables, row_scale, score, temperature):
+    exact = z.float()
+    rows = codes(exact) + torch.arange(z.size(1), device=z.device) * tables.size(1)
+    p = weigh(exact, score, temperature) * row_scale.reshape(-1)[rows]
+    return _bags(rows, tables.reshape(-1, tables.size(-1)), p).to(z.dtype)
+
+
+def quantise(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables as int8 with a scale a row: (K, N, H) -> (K, N, H) int8, (K, N) float32.
+
+    The largest value of a row becomes 127 or -127; the error is at most half a step of the scale.
+    """
+    wide = tables.float()
+    scale = wide.abs().amax(-1) / 127
+    steps = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return steps.round().to(torch.int8), scale
 
 
 def codes(z: Tensor) -> Tensor:

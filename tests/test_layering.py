@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "models": {"modules", "models", "config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
     "tasks": {"modules", "tasks", "config", "schedule"},
-    "tools": {"models", "modules", "tools", "config", "schedule", "compat"},
+    "tools": {"kernels", "models", "modules", "tools", "config", "schedule", "compat"},
     "config": set(),
     "schedule": set(),
     "compat": set(),

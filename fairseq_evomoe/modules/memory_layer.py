@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MemoryConfig
-from fairseq_evomoe.kernels.lookup import lookup, score_moment
+from fairseq_evomoe.kernels.lookup import lookup, quantise, score_moment
 
 
 def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
@@ -46,6 +46,9 @@ class MemoryLayer(nn.Module):
         bias: whether there is a b, 0 at first.
     """
 
+    tables: Tensor
+    row_scale: Tensor | None
+
     def __init__(
         self, width: int, out: int, cfg: MemoryConfig, *, bits: int = 0, bias: bool = True
     ) -> None:
@@ -57,8 +60,16 @@ class MemoryLayer(nn.Module):
         self.width = width
         moment = score_moment(self.score, self.bits, self.temperature)
         std = 1 / math.sqrt(3 * self.count) / moment / self.scale
-        self.tables = nn.Parameter(torch.randn(self.count, 2**self.bits, out) * std)
-        own_group(self.tables, cfg)
+        tables = torch.randn(self.count, 2**self.bits, out) * std
+        self.register_buffer("row_scale", None)
+        if cfg.memory_tables == "int8":
+            small, self.row_scale = quantise(tables)
+            self.register_buffer("tables", small)
+        elif cfg.memory_tables == "bf16":
+            self.register_buffer("tables", tables.bfloat16())
+        else:
+            self.tables = nn.Parameter(tables)
+            own_group(self.tables, cfg)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def extra_repr(self) -> str:
@@ -67,12 +78,18 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
+        if self.training and not isinstance(self.tables, nn.Parameter):
+            raise ValueError(
+                "--memory-tables bf16 and int8 are for inference: train the checkpoint that "
+                "evomoe-export made them from"
+            )
         z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
         y = lookup(
             z.view(-1, self.count, self.bits),
             self.tables,
             score=self.score,
             temperature=self.temperature,
+            row_scale=self.row_scale,
         )
         if self.scale != 1:
             y = y * self.scale

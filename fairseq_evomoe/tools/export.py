@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from tqdm import tqdm
 
+from fairseq_evomoe.kernels.lookup import quantise
 from fairseq_evomoe.tools.checkpoint import (
     command,
     flags_of,
     in_place_of,
     load,
+    read_flag,
     refuse_existing,
+    with_flags,
     write,
 )
 
@@ -140,8 +144,41 @@ def restore(folder: Path) -> dict[str, Any]:
     return {**checkpoint, "model": model, "extra_state": {}}
 
 
+def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
+    """The checkpoint at `source` with its look-up tables as "bf16", or "int8" with a scale a row.
+
+    Smaller, for inference: fairseq-generate and the others read it like any checkpoint. Optimizer
+    state stays behind.
+
+    Raises:
+        ValueError: there are no tables to convert.
+    """
+    checkpoint = load(source)
+    flags = flags_of(checkpoint)
+    if read_flag(flags, "memory_tables", "trained") != "trained":
+        raise ValueError(f"{source}: its tables are converted already")
+    model = checkpoint["model"]
+    if any(name.endswith("experts.tables1") for name in model):
+        raise ValueError("--tables: memory experts (--expert-type memory) stay as they are")
+    tables = [name for name in model if name.endswith(".tables")]
+    if not tables:
+        raise ValueError(f"--tables: {source} has no look-up layer")
+    for name in tqdm(tables, unit="layer", disable=None):
+        if dtype == "bf16":
+            model[name] = model[name].bfloat16()
+        else:
+            model[name], scale = quantise(model[name])
+            model[name.removesuffix("tables") + "row_scale"] = scale
+    checkpoint["cfg"]["model"] = with_flags(flags, memory_tables=dtype)
+    checkpoint.pop("last_optimizer_state", None)
+    return checkpoint
+
+
 def run(args: argparse.Namespace) -> None:
-    if args.source.is_dir():
+    if args.tables:
+        refuse_existing(args.output)
+        write(convert_tables(args.source, args.tables), args.output)
+    elif args.source.is_dir():
         refuse_existing(args.output)
         write(restore(args.source), args.output)
     else:
@@ -153,6 +190,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     made.add_argument("source", type=Path, help="a checkpoint, or an exported folder")
     made.add_argument("--output", type=Path, required=True, help="the folder, or the checkpoint")
+    made.add_argument(
+        "--tables",
+        choices=("bf16", "int8"),
+        help="write a checkpoint with smaller look-up tables instead, for inference",
+    )
     return made
 
 

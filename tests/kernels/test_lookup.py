@@ -7,7 +7,7 @@ import torch
 
 from fairseq_evomoe.kernels import lookup as kernel
 from fairseq_evomoe.kernels import reference
-from fairseq_evomoe.kernels.lookup import SCORES, codes, lookup, score_moment
+from fairseq_evomoe.kernels.lookup import SCORES, codes, lookup, quantise, score_moment
 
 SHAPES = [
     (1, 1, 1, 1),  # the smallest
@@ -146,3 +146,21 @@ def test_bad_shapes_and_scores():
         lookup(z, tables[:, :8], score="prob")
     with pytest.raises(ValueError, match="choose one of prob, abs_prob, l1"):
         lookup(z, tables, score="cosine")
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_int8_tables(score):
+    """A scale a row: within half a step of each row of the float result, exact on whole steps."""
+    z, tables = inputs((40, 3, 4, 5))
+    small, scale = quantise(tables)
+    assert small.dtype == torch.int8 and scale.shape == (3, 16)
+    assert (small.float() * scale[..., None] - tables).abs().max() <= scale.max() / 2 + 1e-6
+    y = lookup(z, small, score=score, row_scale=scale)
+    want = reference.lookup(z, small.float() * scale[..., None], score=score)
+    assert torch.allclose(y, want, atol=1e-5)
+    whole = torch.randint(-127, 128, (3, 16, 5)).float()
+    whole[..., 0] = 127
+    small, scale = quantise(whole * 0.5)
+    assert torch.allclose(small.float() * scale[..., None], whole * 0.5)
+    nothing, scale = quantise(torch.zeros(1, 2, 3))
+    assert nothing.abs().sum() == 0 and torch.isfinite(scale).all()

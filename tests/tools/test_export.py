@@ -5,7 +5,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import USER_DIR, run, tool, train, train_args
+from conftest import USER_DIR, run, tool, train, train_args, valid_batch
+from fairseq import checkpoint_utils
 
 from fairseq_evomoe.tools import export
 
@@ -114,3 +115,45 @@ def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, caps
     fails(tmp_path / "half.pt", tmp_path / "y", "is not a checkpoint, or a damaged one")
     fails(path, tmp_path / "no/such/folder", "no such folder")
     assert not (tmp_path / "x.pt").exists() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_smaller_tables(toy, tmp_path, dtype, capsys):
+    """--tables: a smaller checkpoint that fairseq-generate reads, with nearly the same outputs.
+
+    Nearly, in one look-up; a small change ahead of a hash may flip a bit and fetch another row, so
+    that of the whole model only the loss is compared.
+    """
+    memory = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
+    train(*train_args(toy, tmp_path, *memory, "--max-update", 3))
+    path, small = tmp_path / "checkpoint_last.pt", tmp_path / "small.pt"
+    export.main([str(path), "--tables", dtype, "--output", str(small)])
+    outputs, losses = [], []
+    x = torch.randn(50, 32)
+    for file in (path, small):
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(file)])
+        with torch.no_grad():
+            outputs.append(model.eval().encoder.layers[0].memory_ffn.first(x))
+            loss, size, _ = task.build_criterion(cfg.criterion)(model, valid_batch(task))
+            losses.append(loss.item() / int(size))
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert 0 < error < 0.01
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    stored = torch.load(small, weights_only=False)["model"]
+    wanted = {"bf16": torch.bfloat16, "int8": torch.int8}[dtype]
+    tables = {n: v for n, v in stored.items() if n.endswith(".tables")}
+    assert tables and all(v.dtype == wanted for v in tables.values())
+    languages = ("-s", "en", "-t", "de", "--beam", "1", "--max-len-b", "5")
+    assert "H-0" in run(tool("fairseq-generate"), toy / "bin", *PLUGIN, "--path", small, *languages)
+    with pytest.raises(ValueError, match="are for inference"):
+        model.train()(**valid_batch(task)["net_input"])
+    with pytest.raises(SystemExit):
+        export.main([str(small), "--tables", dtype, "--output", str(tmp_path / "again.pt")])
+    assert "are converted already" in capsys.readouterr().err
+
+
+def test_tables_of_a_model_without_look_ups(checkpoint, tmp_path, capsys):
+    """Nothing to convert is an error, not a copy."""
+    with pytest.raises(SystemExit):
+        export.main([str(checkpoint[1]), "--tables", "int8", "--output", str(tmp_path / "x.pt")])
+    assert "has no look-up layer" in capsys.readouterr().err

@@ -109,6 +109,7 @@ class MoEConfig(Flags):
     dts_combine: str = _flag(
         "renorm",
         "dts combine weights: renorm (noisy tempered p, summing to 1 over the active experts), "
+        "straight (the same with the gradient of p where one expert is left), "
         "raw (p itself) or softmax (clean softmax of the logits)",
     )
     dts_noise: str = _flag(

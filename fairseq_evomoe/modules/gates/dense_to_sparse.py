@@ -9,6 +9,8 @@ from fairseq_evomoe.modules.gates.base import ScoreGate, top_k_mask
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
 
+COMBINE = ("renorm", "straight", "raw", "softmax")
+
 
 class DenseToSparseGate(ScoreGate):
     """From every expert to the few that a token needs, by temperature (arXiv 2112.14397).
@@ -21,10 +23,11 @@ class DenseToSparseGate(ScoreGate):
       c = `--dts-threshold` / E.
     - HARD: active = the `--dts-top-k` largest p.
 
-    Combine weights, `--dts-combine`: `renorm` p over the active set, divided by its sum; `raw` p;
-    `softmax` softmax(z). In `renorm` the sum is held constant in the backward pass: a lone expert
-    then weighs exactly 1 and its gate still gets the gradient of p, so nothing jumps and learning
-    goes on when routing becomes top-1. With `--moe-balance-bias` b, experts are chosen by
+    Combine weights, `--dts-combine`: `renorm` p over the active set, divided by its sum, so that
+    nothing jumps when routing becomes top-1; a lone expert weighs 1, and what its router still
+    learns comes from the balance loss. `straight`: the same, with the sum held constant in the
+    backward pass, so that a lone expert's router gets the gradient of p. `raw`: p. `softmax`:
+    softmax(z). With `--moe-balance-bias` b, experts are chosen by
     softmax((z + b + g) / tau) and weighed without b.
 
     `--dts-parity` is the rule of the official code: c = 0.001 absolute, `raw` or `softmax` weights,
@@ -48,11 +51,7 @@ class DenseToSparseGate(ScoreGate):
             f"{experts}, or 0 for no cap",
         )
         cfg.need(1 <= cfg.dts_top_k <= cfg.moe_expert_count, "--dts-top-k", experts)
-        cfg.need(
-            cfg.dts_combine in ("renorm", "raw", "softmax"),
-            "--dts-combine",
-            "choose renorm, raw or softmax",
-        )
+        cfg.need(cfg.dts_combine in COMBINE, "--dts-combine", f"choose one of {', '.join(COMBINE)}")
         cfg.need(
             cfg.dts_noise in ("gumbel", "annealed", "none"),
             "--dts-noise",
@@ -64,7 +63,7 @@ class DenseToSparseGate(ScoreGate):
     @staticmethod
     def _check_parity(cfg: MoEConfig) -> None:
         cfg.need(
-            cfg.dts_combine != "renorm",
+            cfg.dts_combine in ("raw", "softmax"),
             "--dts-combine",
             "--dts-parity never renormalises; choose softmax (the official default) or raw "
             "(the official --use-gumbel-gates)",
@@ -105,9 +104,9 @@ class DenseToSparseGate(ScoreGate):
                 active &= top_k_mask(chosen_by, cfg.dts_max_experts)
 
         weights = (probs if cfg.dts_combine == "softmax" else p) * active
-        if cfg.dts_combine == "renorm":
-            total = weights.detach().sum(-1, keepdim=True)
-            weights = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+        if cfg.dts_combine in ("renorm", "straight"):
+            total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            weights = weights / (total.detach() if cfg.dts_combine == "straight" else total)
         return RoutingPlan(weights, active, probs, logits)
 
     def _noise(self, logits: Tensor, clock: Clock) -> Tensor | float:

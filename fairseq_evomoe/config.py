@@ -107,10 +107,10 @@ class MoEConfig(Flags):
     )
     dts_max_experts: int = _flag(0, "dts: at most this many experts per token; 0: no cap")
     dts_combine: str = _flag(
-        "renorm",
-        "dts combine weights: renorm (noisy tempered p, summing to 1 over the active experts), "
-        "straight (the same with the gradient of p where one expert is left), "
-        "raw (p itself) or softmax (clean softmax of the logits)",
+        "softmax",
+        "dts combine weights over the active experts: softmax (clean softmax of the logits), raw "
+        "(noisy tempered p), renorm (p, summing to 1), or straight (as renorm, with the gradient "
+        "of p where one expert is left)",
     )
     dts_noise: str = _flag(
         "annealed",
@@ -302,13 +302,13 @@ class EvolutionConfig(SplitConfig):
     evo_spawn_update: int = _flag(
         -1,
         "update at which the base expert splits into all; 0: independent experts from the start; "
-        "-1: a tenth of --max-update for --moe-gate dts, 0 for the others",
+        "-1: a twentieth of --max-update for --moe-gate dts, 0 for the others",
     )
     dts_temperature_start: float = _flag(2.0, "softmax temperature of the gate at the split")
     dts_temperature_end: float = _flag(0.3, "softmax temperature of the gate after annealing")
     dts_temperature_schedule: str = _flag("linear", "linear, exponential or cosine")
     dts_anneal_updates: int = _flag(
-        -1, "updates from the split over which the temperature falls; -1: half of --max-update"
+        -1, "updates from the split over which the temperature falls; -1: a tenth of --max-update"
     )
     dts_hard_update: int = _flag(
         -1, "update from which only the top-k experts stay; -1: when annealing ends; 0: never"

@@ -87,8 +87,8 @@ def resolve(
     """Check the schedule's flags and fill in those left to follow `--max-update`.
 
     Args:
-        spawn: `--evo-spawn-update`; -1: a tenth of max_update.
-        anneal: `--dts-anneal-updates`; -1: half of max_update.
+        spawn: `--evo-spawn-update`; -1: a twentieth of max_update.
+        anneal: `--dts-anneal-updates`; -1: a tenth of max_update.
         hard: `--dts-hard-update`, -1: when the annealing ends; or `--stable-freeze-update`, -1: a
             tenth of max_update after the split; 0: never.
         max_update: `--max-update`; 0: unknown.
@@ -118,8 +118,8 @@ def resolve(
         )
     if shape not in SHAPES:
         raise ValueError(f"--dts-temperature-schedule {shape!r}: choose one of {', '.join(SHAPES)}")
-    spawn = max_update // 10 if spawn == -1 else spawn
-    anneal = max_update // 2 if anneal == -1 else anneal
+    spawn = max_update // 20 if spawn == -1 else spawn
+    anneal = max_update // 10 if anneal == -1 else anneal
     if 0 < max_update <= spawn:
         raise ValueError(
             f"--evo-spawn-update {spawn} lies beyond --max-update {max_update}: the experts would "

@@ -39,9 +39,9 @@ def test_constant_temperature_has_no_warmth_left_after_annealing():
 
 
 def test_automatic_values_follow_max_update():
-    """-1 means a tenth of --max-update, half of it, and the end of annealing."""
+    """-1 means a twentieth of --max-update, a tenth of it, and the end of annealing."""
     schedule = resolve(**{**FLAGS, "spawn": -1, "anneal": -1, "max_update": 1000})
-    assert (schedule.spawn, schedule.anneal, schedule.hard) == (100, 500, 600)
+    assert (schedule.spawn, schedule.anneal, schedule.hard) == (50, 100, 150)
     assert resolve(**{**FLAGS, "hard": 0}).hard is None
     assert resolve(**{**FLAGS, "hard": 50}).hard == 50
 

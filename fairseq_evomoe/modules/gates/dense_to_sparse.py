@@ -23,11 +23,11 @@ class DenseToSparseGate(ScoreGate):
       c = `--dts-threshold` / E.
     - HARD: active = the `--dts-top-k` largest p.
 
-    Combine weights, `--dts-combine`: `renorm` p over the active set, divided by its sum, so that
-    nothing jumps when routing becomes top-1; a lone expert weighs 1, and what its router still
-    learns comes from the balance loss. `straight`: the same, with the sum held constant in the
-    backward pass, so that a lone expert's router gets the gradient of p. `raw`: p. `softmax`:
-    softmax(z). With `--moe-balance-bias` b, experts are chosen by
+    Combine weights over the active set, `--dts-combine`: `softmax` softmax(z), free of noise and
+    temperature; `raw` p; `renorm` p divided by its sum, so that a lone expert weighs 1 and its
+    router learns from the balance loss alone; `straight` the same with the sum held constant in
+    the backward pass, so that a lone expert's router gets the gradient of p. With
+    `--moe-balance-bias` b, experts are chosen by
     softmax((z + b + g) / tau) and weighed without b.
 
     `--dts-parity` is the rule of the official code: c = 0.001 absolute, `raw` or `softmax` weights,

@@ -10,6 +10,7 @@ from fairseq.models.transformer import (
 from torch import nn
 
 from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.models.table_memory import state_tables
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.transformer_layer import DecoderLayer, EncoderLayer, LayerStack, wrap
 
@@ -83,6 +84,7 @@ def configure(args: Any, *sides: str) -> TransformerConfig:
     if memory.memory_attention and getattr(args, "cross_self_attention", False):
         raise ValueError("--cross-self-attention: memory attention has none; leave one out")
     cfg.moe, cfg.memory = moe, memory
+    state_tables(cfg, *sides)
     return cfg
 
 

@@ -7,6 +7,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.models import table_memory
 from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers
 
@@ -105,6 +106,59 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
     assert groups[0]["lr"] == groups[1]["lr"]
     more = train(*train_args(toy, tmp_path, *flags, "--max-update", 6))
     assert [r["num_updates"] for r in more] == [5, 6]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--memory-out-proj", "memory"),
+        ("--memory-layers", "1", "--memory-delta", 1),
+        ("--moe-freq", 2, "--expert-type", "memory", "--moe-shared-expert"),
+    ],
+    ids=str,
+)
+def test_tables_are_stated_before_they_are_built(toy, caplog, family, flags):
+    """The number in the log is that of the parameters that are then built."""
+    with caplog.at_level("INFO"):
+        _, _, model = build(toy, *MEMORY, *flags, family=family)
+    built = sum(p.numel() for n, p in model.named_parameters() if "tables" in n)
+    (line,) = [r.getMessage() for r in caplog.records if "look-up tables" in r.getMessage()]
+    assert line.startswith(f"look-up tables: {built / 1e6:.1f} M parameters")
+    side = "encoder" if family == "mlm" else "decoder"
+    cfg = (model.encoder.sentence_encoder if family == "mlm" else model.decoder).cfg
+    counted = sum(
+        table_memory.table_parameters(
+            cfg.memory, cfg.moe, side=s, layers=2, width=32,
+            encoder=32 if (s, family) == ("decoder", "translation") else 0,
+        )
+        for s in ({"translation": ("encoder", "decoder")}.get(family, (side,)))
+    )  # fmt: skip
+    assert counted == built
+
+
+def test_published_table_sizes():
+    """MemoryFormer-tiny and -base have 415 M and 6.64 G table parameters."""
+    memory, moe = MemoryConfig(memory_ffn=True, memory_attention=True), MoEConfig()
+    sizes = {(6, 512): 415e6, (24, 1024): 6.64e9}
+    for (layers, width), want in sizes.items():
+        found = table_memory.table_parameters(
+            memory, moe, side="decoder", layers=layers, width=width
+        )
+        assert found == pytest.approx(want, rel=2e-3)
+
+
+def test_tables_that_do_not_fit_are_refused(toy, monkeypatch, caplog):
+    """Before anything is allocated, with the flags that make them smaller."""
+    monkeypatch.setattr(table_memory, "free_memory", lambda: 10**5)
+    with pytest.raises(ValueError, match="lower --memory-bits or --memory-delta"):
+        build(toy, *MEMORY)
+    monkeypatch.setattr(table_memory, "free_memory", lambda: 2 * 10**6)
+    with caplog.at_level("WARNING"):
+        build(toy, *MEMORY)
+    assert "to train these tables" in caplog.text
+    monkeypatch.setattr(table_memory, "free_memory", lambda: None)
+    build(toy, *MEMORY)
 
 
 SIZES = {

@@ -61,6 +61,7 @@ class MemoryLayer(nn.Module):
         moment = score_moment(self.score, self.bits, self.temperature)
         std = 1 / math.sqrt(3 * self.count) / moment / self.scale
         tables = torch.randn(self.count, 2**self.bits, out) * std
+        self.converted = cfg.memory_tables != "trained"
         self.register_buffer("row_scale", None)
         if cfg.memory_tables == "int8":
             small, self.row_scale = quantise(tables)
@@ -78,7 +79,7 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
-        if self.training and not isinstance(self.tables, nn.Parameter):
+        if self.training and self.converted:
             raise ValueError(
                 "--memory-tables bf16 and int8 are for inference: train the checkpoint that "
                 "evomoe-export made them from"

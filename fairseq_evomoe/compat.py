@@ -5,11 +5,16 @@ safe to apply twice. Nothing here turns off torch's checks on what a checkpoint 
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+import queue
 import socket
+import threading
+import time
 import types
 import typing
 import warnings
@@ -19,7 +24,7 @@ import numpy as np
 import omegaconf
 import torch
 from fairseq import optim, options
-from fairseq.data import data_utils, language_pair_dataset, token_block_dataset
+from fairseq.data import data_utils, iterators, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
@@ -50,6 +55,7 @@ def mend() -> None:
     keep_numpy_compat()
     own_weight_decay()
     average_weights_alone()
+    atexit.register(stop_loading_batches)
     shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")
@@ -243,6 +249,23 @@ def average_weights_alone() -> None:
 
 def _is_floating(value: typing.Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def stop_loading_batches(patience: float = 5.0) -> None:
+    """End the threads that load batches ahead, before the interpreter ends.
+
+    A run that stops within an epoch leaves one at work; Python kills it inside torch's C++ code,
+    and a training that has succeeded and saved ends with an abort, now and then.
+    """
+    deadline = time.monotonic() + patience
+    for thread in threading.enumerate():
+        if isinstance(thread, iterators.BackgroundConsumer):
+            thread._max_len = 0
+            while thread.is_alive() and time.monotonic() < deadline:
+                with contextlib.suppress(queue.Empty):
+                    # it may be waiting for room in its queue
+                    thread._queue.get_nowait()
+                thread.join(0.01)
 
 
 def shorten_progress_bar() -> None:

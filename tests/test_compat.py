@@ -2,12 +2,13 @@
 
 import argparse
 import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
 from fairseq import options
-from fairseq.data import data_utils
+from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 
 from fairseq_evomoe import compat
@@ -59,3 +60,27 @@ def test_mending_twice_changes_nothing():
     before = (options.parse_args_and_arch, data_utils.batch_by_size)
     compat.mend()
     assert (options.parse_args_and_arch, data_utils.batch_by_size) == before
+
+
+def test_threads_that_load_batches_end_before_the_interpreter():
+    """One that waits for room in a full queue stops, without eating the rest of its source."""
+    taken = []
+
+    def source():
+        for i in range(10**6):
+            taken.append(i)
+            yield i
+
+    class Source:
+        def __iter__(self):
+            return source()
+
+        def __len__(self):
+            return 10**6
+
+    buffered = iterators.BufferedIterator(2, Source())
+    assert next(buffered) == 0
+    assert any(isinstance(t, iterators.BackgroundConsumer) for t in threading.enumerate())
+    compat.stop_loading_batches()
+    assert not any(isinstance(t, iterators.BackgroundConsumer) for t in threading.enumerate())
+    assert len(taken) < 20

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from fairseq import options, tasks, utils  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.optim import build_optimizer  # noqa: E402
-from gates import GATES, TASKS, USER_DIR, prepare  # noqa: E402
+from gates import GATES, TASKS, USER_DIR, flags_of, prepare  # noqa: E402
 from moe_layer import cpu_name  # noqa: E402
 
 FIELDS = (
@@ -37,9 +37,7 @@ class Run:
 
     def __init__(self, task_name: str, gate: str, folder: Path) -> None:
         setup = TASKS[task_name]
-        flags = [f.format(tenth=10) for f in GATES[gate]]
-        if gate == "expert_choice" and task_name == "multi30k":
-            flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
+        flags = flags_of(task_name, gate, 100)
         argv = [folder / "bin", "--user-dir", USER_DIR, *setup["flags"], "--optimizer", "adam"]
         argv += ["--moe-expert-count", setup["experts"], "--max-update", 100, "--cpu", *flags]
         parser = options.get_training_parser()

@@ -172,6 +172,15 @@ def rows_in(log: Path, kind: str) -> list[dict]:
     return [json.loads(x) for x in re.findall(rf"\| {kind} \| (\{{.*\}})", log.read_text())]
 
 
+def flags_of(task: str, gate: str, updates: int) -> list[str]:
+    """The flags that a gate adds to a task's."""
+    flags = [f.format(tenth=updates // 10) for f in GATES[gate]]
+    if gate == "expert_choice" and task == "multi30k":
+        # a decoder cannot have it
+        flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
+    return flags
+
+
 def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], folder: Path) -> dict:
     setup = TASKS[task]
     updates = args.updates or setup["updates"]
@@ -181,9 +190,7 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
     for left_over in work.glob("checkpoint*"):
         # an interrupted run must not lend its weights to this one
         left_over.unlink()
-    flags = [f.format(tenth=updates // 10) for f in GATES[gate]] + extra
-    if gate == "expert_choice" and task == "multi30k":
-        flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
+    flags = flags_of(task, gate, updates) + extra
     run(
         BIN / "fairseq-train", folder / "bin", "--user-dir", USER_DIR, *setup["flags"],
         "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "inverse_sqrt",

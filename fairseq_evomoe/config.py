@@ -13,12 +13,9 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
 
-def _flag(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A field of a configuration: its default and its help text."""
     return field(default=default, metadata={"help": help})
-
-
-def _field(flag: str) -> str:
-    return flag[2:].replace("-", "_")
 
 
 @dataclass
@@ -31,6 +28,10 @@ class Flags(FairseqDataclass):
         read = {f.name: getattr(args, f.name, None) for f in fields(cls) if f.name != "_name"}
         return cls(**{k: v for k, v in read.items() if v is not None})
 
+    def given(self, flag: str) -> Any:
+        """Value of a flag by its name on the command line, `--moe-freq`."""
+        return getattr(self, flag[2:].replace("-", "_"))
+
     def need(self, ok: bool, flag: str, fix: str) -> None:
         """Raise the error for a flag's value unless `ok`.
 
@@ -38,97 +39,99 @@ class Flags(FairseqDataclass):
             ValueError: "FLAG VALUE: FIX".
         """
         if not ok:
-            raise ValueError(f"{flag} {getattr(self, _field(flag))}: {fix}")
+            raise ValueError(f"{flag} {self.given(flag)}: {fix}")
 
 
 @dataclass
 class MoEConfig(Flags):
     """Where the MoE layers stand, what their experts are, and how the gate chooses."""
 
-    moe_freq: int = _flag(0, "every n-th layer of encoder and decoder is an MoE layer; 0: none")
-    encoder_moe_freq: int = _flag(0, "as --moe-freq, for the encoder; the larger of the two holds")
-    decoder_moe_freq: int = _flag(0, "as --moe-freq, for the decoder; the larger of the two holds")
-    moe_expert_count: int = _flag(0, "number of experts in each MoE layer")
-    moe_expert_ffn_dim: int = _flag(0, "hidden width of an expert; 0: that of the dense FFN")
-    expert_type: str = _flag("ffn", "what an expert is: ffn, or memory (look-ups, --memory-*)")
-    moe_gate: str = _flag(
+    moe_freq: int = option(0, "every n-th layer of encoder and decoder is an MoE layer; 0: none")
+    encoder_moe_freq: int = option(0, "as --moe-freq, for the encoder; the larger of the two holds")
+    decoder_moe_freq: int = option(0, "as --moe-freq, for the decoder; the larger of the two holds")
+    moe_expert_count: int = option(0, "number of experts in each MoE layer")
+    moe_expert_ffn_dim: int = option(0, "hidden width of an expert; 0: that of the dense FFN")
+    expert_type: str = option("ffn", "what an expert is: ffn, or memory (look-ups, --memory-*)")
+    moe_gate: str = option(
         "dts", "gate: dts, dense, switch, gshard, topk, base, hash, stable or expert_choice"
     )
-    moe_shared_expert: bool = _flag(
+    moe_shared_expert: bool = option(
         False,
         "keep the base expert active for every token, beside the --moe-expert-count routed ones; "
         "the two halves are averaged",
     )
-    moe_top_k: int = _flag(2, "experts per token of --moe-gate topk")
-    moe_gate_init_std: float = _flag(0.02, "standard deviation of the gate's initial weights")
-    moe_gate_token_bias: float = _flag(
+    moe_top_k: int = option(2, "experts per token of --moe-gate topk")
+    moe_gate_init_std: float = option(0.02, "standard deviation of the gate's initial weights")
+    moe_gate_token_bias: float = option(
         0.0,
         "dts, dense, switch, gshard, topk, base: add to the logits a learned bias of the token id, "
         "drawn with this standard deviation, so that words keep their experts; 0: none",
     )
-    moe_capacity_factor: float = _flag(
+    moe_capacity_factor: float = option(
         0.0,
         "switch, gshard: while training an expert takes at most this many times its even share of "
         "the tokens, the rest pass it by; 0: no limit. expert_choice: experts per token on average "
         "(0: 1)",
     )
-    moe_batch_prioritized_routing: bool = _flag(
+    moe_batch_prioritized_routing: bool = option(
         False, "with a capacity: the tokens with the surest gate come first, not those in front"
     )
-    moe_second_expert_policy: str = _flag(
+    moe_second_expert_policy: str = option(
         "sampling",
         "gshard, while training: the second expert is drawn by its logit (sampling), kept with "
         "probability 2 p (random) or always taken (all)",
     )
-    moe_normalize_gate_prob_before_dropping: bool = _flag(
+    moe_normalize_gate_prob_before_dropping: bool = option(
         False, "gshard: the two weights sum to 1 before, not after, the capacity drops pairs"
     )
-    moe_balance_bias: float = _flag(
+    moe_balance_bias: float = option(
         0.0,
         "dts, switch, topk, gshard: balance without a loss. Experts are chosen by logit plus bias, "
         "and after each update a bias moves by this much towards even load; 0: off, 0.001 is usual",
     )
-    moe_hash_mapping: str = _flag(
+    moe_hash_mapping: str = option(
         "balanced",
         "hash: balanced (by the dictionary's counts), random, or a JSON file {token: expert}",
     )
-    moe_choice_group: str = _flag(
+    moe_choice_group: str = option(
         "sentence",
         "expert_choice: experts choose among the tokens of each sentence or of the batch",
     )
-    moe_distill_dim: int = _flag(50, "stable: width of the word embeddings of the distilled router")
-    moe_balance_all_ranks: bool = _flag(
+    moe_distill_dim: int = option(
+        50, "stable: width of the word embeddings of the distilled router"
+    )
+    moe_balance_all_ranks: bool = option(
         False, "balance loss: average each expert's share of the load over all workers"
     )
-    dts_threshold: Optional[float] = _flag(
+    dts_threshold: Optional[float] = option(
         None,
         "dts: an expert is active while its probability is at least this share of the uniform "
         "probability 1/E, by default 0.2 (with --dts-parity: at least this probability, 0.001)",
     )
-    dts_max_experts: int = _flag(0, "dts: at most this many experts per token; 0: no cap")
-    dts_combine: str = _flag(
+    dts_max_experts: int = option(0, "dts: at most this many experts per token; 0: no cap")
+    dts_combine: str = option(
         "softmax",
         "dts combine weights over the active experts: softmax (clean softmax of the logits), raw "
         "(noisy tempered p), renorm (p, summing to 1), or straight (as renorm, with the gradient "
         "of p where one expert is left)",
     )
-    dts_noise: str = _flag(
+    dts_noise: str = option(
         "annealed",
         "dts: noise on the logits while training: annealed (Gumbel, falling to nothing with the "
         "temperature), gumbel (at full strength to the end, as in the paper) or none",
     )
-    dts_top_k: int = _flag(1, "dts: experts per token in the hard stage")
-    dts_parity: bool = _flag(
+    dts_top_k: int = option(1, "dts: experts per token in the hard stage")
+    dts_parity: bool = option(
         False,
         "dts: the official code's rule: absolute threshold 0.001, no renormalisation, weights from "
         "--dts-combine softmax or raw, top-1 in evaluation",
     )
     # flags of the older MoE branch: honoured or refused, never ignored
-    moe_top1_expert: bool = _flag(False, "the older branch's name for --moe-gate switch")
-    moe_gating_use_fp32: bool = _flag(False, "accepted: the gate always computes in fp32")
-    use_moe_pad_mask: bool = _flag(False, "accepted: padding is never routed")
-    moe_eval_capacity_token_fraction: float = _flag(
-        -1.0, "accepted when negative: routing is dropless, in evaluation too"
+    moe_top1_expert: bool = option(False, "the older branch's name for --moe-gate switch")
+    moe_gating_use_fp32: bool = option(False, "accepted: the gate always computes in fp32")
+    use_moe_pad_mask: bool = option(False, "accepted: padding is never routed")
+    moe_eval_capacity_token_fraction: float = option(
+        -1.0, "accepted when negative: evaluation drops no token"
     )
 
     def freq(self, side: str) -> int:
@@ -165,7 +168,7 @@ class MoEConfig(Flags):
             )
             self.moe_gate = "switch"
         for flag in ("--moe-freq", "--encoder-moe-freq", "--decoder-moe-freq"):
-            self.need(getattr(self, _field(flag)) >= 0, flag, "must be 0 (none) or more")
+            self.need(self.given(flag) >= 0, flag, "must be 0 (none) or more")
         if self.freq("encoder") == 0 and self.freq("decoder") == 0:
             return self
         self.need(
@@ -203,27 +206,31 @@ class MoEConfig(Flags):
 class MemoryConfig(Flags):
     """Where look-up layers stand in for linear ones (MemoryFormer), and what they are."""
 
-    memory_ffn: bool = _flag(False, "look-up layers in the place of dense feed-forward networks")
-    memory_attention: bool = _flag(False, "look-up layers in the place of attention's projections")
-    memory_layers: str = _flag(
+    memory_ffn: bool = option(False, "look-up layers in the place of dense feed-forward networks")
+    memory_attention: bool = option(False, "look-up layers in the place of attention's projections")
+    memory_layers: str = option(
         "all", "which layers of encoder and decoder they are in: all, or numbers from 0 like 0,2,3"
     )
-    memory_bits: int = _flag(8, "values hashed to one row, tau: a table has 2^tau rows")
-    memory_delta: int = _flag(2, "more bits in the second look-up of a memory FFN")
-    memory_score: str = _flag(
+    memory_bits: int = option(8, "values hashed to one row, tau: a table has 2^tau rows")
+    memory_delta: int = option(2, "more bits in the second look-up of a memory FFN")
+    memory_score: str = option(
         "prob", "weight of a row: prob (the paper), abs_prob (the official code) or l1"
     )
-    memory_temperature: float = _flag(1.0, "temperature of the scores prob and abs_prob")
-    memory_norm: str = _flag("layer", "normalisation inside: layer (LayerNorm) or rms (RMSNorm)")
-    memory_out_proj: str = _flag(
+    memory_temperature: float = option(1.0, "temperature of the scores prob and abs_prob")
+    memory_norm: str = option("layer", "normalisation inside: layer (LayerNorm) or rms (RMSNorm)")
+    memory_out_proj: str = option(
         "none", "output projection of memory attention: none (the paper), dense or memory"
     )
-    memory_lr_scale: float = _flag(3.0, "learning rate of the tables, in units of --lr, under Adam")
-    memory_tables: str = _flag(
+    memory_lr_scale: float = option(
+        3.0, "learning rate of the tables, in units of --lr, under Adam"
+    )
+    memory_tables: str = option(
         "trained",
         "storage of tables: trained, or bf16 or int8 as evomoe-export --tables has them",
     )
-    memory_weight_decay: float = _flag(0.0, "weight decay of the tables, instead of --weight-decay")
+    memory_weight_decay: float = option(
+        0.0, "weight decay of the tables, instead of --weight-decay"
+    )
 
     def layers(self) -> set[int] | None:
         """Numbers of the layers with look-ups; None: all."""
@@ -260,9 +267,9 @@ class MemoryConfig(Flags):
             ("--memory-tables", ("trained", "bf16", "int8")),
             ("--memory-out-proj", ("none", "dense", "memory")),
         ):
-            self.need(getattr(self, _field(flag)) in allowed, flag, f"choose {', '.join(allowed)}")
+            self.need(self.given(flag) in allowed, flag, f"choose {', '.join(allowed)}")
         for flag in ("--memory-temperature", "--memory-lr-scale"):
-            self.need(0 < getattr(self, _field(flag)) < math.inf, flag, "must be a number > 0")
+            self.need(0 < self.given(flag) < math.inf, flag, "must be a number > 0")
         self.need(
             0 <= self.memory_weight_decay < math.inf, "--memory-weight-decay", "must be 0 or more"
         )
@@ -273,24 +280,24 @@ class MemoryConfig(Flags):
 class SplitConfig(FairseqDataclass):
     """How the base expert becomes many."""
 
-    evo_diversify: str = _flag(
+    evo_diversify: str = option(
         "mask", "how copies of the base expert are made different: mask, drop, noise or copy"
     )
-    evo_diversify_ratio: float = _flag(
+    evo_diversify_ratio: float = option(
         0.2, "share of hidden units that mask silences, or drop re-initialises, in each copy"
     )
-    evo_diversify_grain: str = _flag(
+    evo_diversify_grain: str = option(
         "unit", "mask and drop choose whole hidden units (unit) or single weights (weight)"
     )
-    evo_diversify_weights: str = _flag(
+    evo_diversify_weights: str = option(
         "auto",
         "which weights are made different: fc1, fc2, both, or auto (mask: fc2, so that a silenced "
         "unit can learn again; the others: both)",
     )
-    evo_base_expert: str = _flag(
+    evo_base_expert: str = option(
         "exact", "the base expert itself after the split: exact (unchanged) or diverse (a copy too)"
     )
-    evo_diversify_noise: float = _flag(
+    evo_diversify_noise: float = option(
         0.1, "noise: standard deviation of what is added, in units of the weights' own"
     )
 
@@ -299,21 +306,21 @@ class SplitConfig(FairseqDataclass):
 class EvolutionConfig(SplitConfig):
     """When the experts split and how the gate cools: a part of every task's configuration."""
 
-    evo_spawn_update: int = _flag(
+    evo_spawn_update: int = option(
         -1,
         "update at which the base expert splits into all; 0: independent experts from the start; "
         "-1: a twentieth of --max-update for --moe-gate dts, 0 for the others",
     )
-    dts_temperature_start: float = _flag(2.0, "softmax temperature of the gate at the split")
-    dts_temperature_end: float = _flag(0.3, "softmax temperature of the gate after annealing")
-    dts_temperature_schedule: str = _flag("linear", "linear, exponential or cosine")
-    dts_anneal_updates: int = _flag(
+    dts_temperature_start: float = option(2.0, "softmax temperature of the gate at the split")
+    dts_temperature_end: float = option(0.3, "softmax temperature of the gate after annealing")
+    dts_temperature_schedule: str = option("linear", "linear, exponential or cosine")
+    dts_anneal_updates: int = option(
         -1, "updates from the split over which the temperature falls; -1: a tenth of --max-update"
     )
-    dts_hard_update: int = _flag(
+    dts_hard_update: int = option(
         -1, "update from which only the top-k experts stay; -1: when annealing ends; 0: never"
     )
-    stable_freeze_update: int = _flag(
+    stable_freeze_update: int = option(
         -1,
         "stable: update from which the distilled router is frozen and routes; -1: a tenth of "
         "--max-update after the split; 0: never",

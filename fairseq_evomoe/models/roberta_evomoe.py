@@ -2,15 +2,13 @@
 
 from contextlib import nullcontext
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaEncoder, RobertaModel
 from fairseq.models.roberta.model import base_architecture, roberta_large_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from omegaconf import OmegaConf, open_dict
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
-from fairseq_evomoe.models.stacks import EvoMoEEncoder, configure, evolve, memorise
+from fairseq_evomoe.models.stacks import EvoMoEEncoder, add_flags, configure, evolve, memorise
 from fairseq_evomoe.modules.memory_layer import MemoryAttention
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 
@@ -45,8 +43,7 @@ class RobertaEvoMoEModel(RobertaModel):
     @classmethod
     def add_args(cls, parser) -> None:
         super().add_args(parser)
-        for flags in (MoEConfig(), MemoryConfig()):
-            gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
+        add_flags(parser)
 
     @classmethod
     def build_model(cls, args, task):

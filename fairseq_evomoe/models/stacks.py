@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models.transformer import (
     TransformerConfig,
     TransformerDecoderBase,
@@ -52,6 +53,12 @@ class EvoMoEDecoder(LayerStack, TransformerDecoderBase):
         return super().extract_features_scriptable(
             prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
         )
+
+
+def add_flags(parser: Any) -> None:
+    """Our flags on a parser, for models that fairseq configures by arguments."""
+    for flags in (MoEConfig(), MemoryConfig()):
+        gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
 
 
 def configure(args: Any, *sides: str) -> TransformerConfig:

@@ -1,6 +1,5 @@
 """`--arch transformer_evomoe*`: the translation Transformer with evolving MoE layers."""
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
     DEFAULT_MAX_SOURCE_POSITIONS,
@@ -11,8 +10,14 @@ from fairseq.models.transformer import (
     transformer_wmt_en_de_big,
 )
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
-from fairseq_evomoe.models.stacks import EvoMoEDecoder, EvoMoEEncoder, configure, evolve, memorise
+from fairseq_evomoe.models.stacks import (
+    EvoMoEDecoder,
+    EvoMoEEncoder,
+    add_flags,
+    configure,
+    evolve,
+    memorise,
+)
 
 
 @register_model("transformer_evomoe")
@@ -26,8 +31,7 @@ class TransformerEvoMoEModel(TransformerModel):
     @classmethod
     def add_args(cls, parser) -> None:
         super().add_args(parser)
-        for flags in (MoEConfig(), MemoryConfig()):
-            gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
+        add_flags(parser)
 
     @classmethod
     def build_model(cls, args, task):

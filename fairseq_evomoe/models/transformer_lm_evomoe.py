@@ -1,6 +1,6 @@
 """`--arch transformer_lm_evomoe*`: the causal language model (GPT) with evolving MoE layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Optional
 
 from fairseq import options
@@ -16,12 +16,8 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MemoryConfig, MoEConfig, option
 from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve, memorise
-
-
-def _default(value, help: str):
-    return field(default=value, metadata={"help": help})
 
 
 @dataclass
@@ -32,16 +28,16 @@ class TransformerLMEvoMoEConfig(MoEConfig, MemoryConfig, TransformerLanguageMode
     one; trains on a CPU in minutes.
     """
 
-    moe_freq: Optional[int] = _default(  # type: ignore[assignment]
+    moe_freq: Optional[int] = option(  # type: ignore[assignment]
         None, "every n-th layer is an MoE layer; 0: none; by default 2, or --decoder-moe-freq"
     )
-    moe_expert_count: int = _default(4, "number of experts in each MoE layer")
-    decoder_layers: int = _default(4, "layers")
-    decoder_embed_dim: int = _default(256, "model width")
-    decoder_input_dim: int = _default(0, "width of the input embeddings; 0: the model's")
-    decoder_output_dim: int = _default(0, "width of the output embeddings; 0: the model's")
-    decoder_ffn_embed_dim: int = _default(1024, "hidden width of the FFN")
-    decoder_attention_heads: int = _default(4, "attention heads")
+    moe_expert_count: int = option(4, "number of experts in each MoE layer")
+    decoder_layers: int = option(4, "layers")
+    decoder_embed_dim: int = option(256, "model width")
+    decoder_input_dim: int = option(0, "width of the input embeddings; 0: the model's")
+    decoder_output_dim: int = option(0, "width of the output embeddings; 0: the model's")
+    decoder_ffn_embed_dim: int = option(1024, "hidden width of the FFN")
+    decoder_attention_heads: int = option(4, "attention heads")
 
 
 @register_model("transformer_lm_evomoe", dataclass=TransformerLMEvoMoEConfig)

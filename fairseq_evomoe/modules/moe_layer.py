@@ -183,7 +183,6 @@ class EvoMoELayer(RecordingLayer):
         if not (training or self.recording):
             return y
         y = self._touch_idle(y, clock)
-        load = plan.wanted.sum(0).float()
         share = self.gate.load(plan)
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
             dist.all_reduce(share)
@@ -192,10 +191,11 @@ class EvoMoELayer(RecordingLayer):
                 self.gate.balance(plan, share),
                 losses.z_loss(plan.logits),
                 losses.entropy_loss(plan.probs),
-                load.new_zeros(()) if plan.distill is None else plan.distill,
+                share.new_zeros(()) if plan.distill is None else plan.distill,
             ]
         )
         if self.recording:
+            load = plan.wanted.sum(0).float()
             tokens = load.new_tensor(plan.probs.size(0))
             spread = losses.entropy(plan.probs.detach()).sum()
             dropped = load.sum() - plan.active.sum()

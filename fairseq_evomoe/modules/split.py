@@ -1,6 +1,7 @@
 """How E experts arise from the base expert. Letters: D model width, F hidden width, E experts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class SplitRule:
     keep_base: bool = True
 
     @classmethod
-    def from_flags(cls, cfg) -> "SplitRule":
-        """From the fields of `EvolutionConfig`.
+    def from_flags(cls, cfg: Any, *, shared: bool = False) -> "SplitRule":
+        """From `SplitConfig`'s flags; `shared`: `--moe-shared-expert` keeps the base expert.
 
         Raises:
             ValueError: a flag is out of range; the message names it and the fix.
@@ -56,6 +57,11 @@ class SplitRule:
             raise ValueError(f"--evo-diversify-ratio {cfg.evo_diversify_ratio}: a share, 0 to 1")
         if not cfg.evo_diversify_noise >= 0:
             raise ValueError(f"--evo-diversify-noise {cfg.evo_diversify_noise}: must be >= 0")
+        if shared and cfg.evo_base_expert == "diverse":
+            raise ValueError(
+                "--evo-base-expert diverse: --moe-shared-expert keeps the base expert as it is; "
+                "leave one of the two out"
+            )
         return cls(
             mode=cfg.evo_diversify,
             ratio=cfg.evo_diversify_ratio,

@@ -29,12 +29,7 @@ def check_flags(cfg: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
             "--ddp-backend fully_sharded: experts cannot split while each worker holds a shard of "
             "them; use legacy_ddp or pytorch_ddp"
         )
-    rule = SplitRule.from_flags(cfg)
-    if gate.cfg.moe_shared_expert and not rule.keep_base:
-        raise ValueError(
-            "--evo-base-expert diverse: --moe-shared-expert keeps the base expert as it is; "
-            "leave one of the two out"
-        )
+    SplitRule.from_flags(cfg, shared=gate.cfg.moe_shared_expert)
     spawn = cfg.evo_spawn_update
     if spawn == -1 and not gate.evolves:
         spawn = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
 from fairseq_evomoe import compat
@@ -34,6 +35,17 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of fairseq: it holds no model")
     return state
+
+
+def build(path: Path, data: str | None) -> tuple[Any, Any, Any]:
+    """(model, configuration, task) of a checkpoint, as fairseq's own commands build them.
+
+    Args:
+        data: folder with the dictionaries; None: the one named in the checkpoint.
+    """
+    overrides = {"data": data} if data else None
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    return model, cfg, task
 
 
 def refuse_existing(path: Path) -> None:

@@ -133,12 +133,15 @@ def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator
         seen.update(id(m) for m in module.modules())
 
 
+_SUMMED = ("macs", "reads", "parameters", "twin_macs", "twin_parameters")
+
+
 def total(parts: list[Cost]) -> dict[str, dict[str, float]]:
     """Sums by kind, and over all under "total"."""
     made: dict[str, dict[str, float]] = {}
     for part in parts:
         for kind in (part.kind, "total"):
-            row = made.setdefault(kind, dict.fromkeys(Cost.__annotations__, 0.0) | {"kind": 0.0})
-            for name in ("macs", "reads", "parameters", "twin_macs", "twin_parameters"):
+            row = made.setdefault(kind, dict.fromkeys(_SUMMED, 0.0))
+            for name in _SUMMED:
                 row[name] += getattr(part, name)
-    return {k: {n: v for n, v in row.items() if n != "kind"} for k, row in made.items()}
+    return made

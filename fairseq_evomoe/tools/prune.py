@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.logging import metrics
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from fairseq_evomoe.modules.gates import HashGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
+    build,
     command,
     flags_of,
     load,
@@ -95,18 +96,19 @@ def measure(model: Any, task: Any, cfg: Any, *, subset: str, max_tokens: int) ->
 
 
 def keep_most_used(
-    load: dict[str, Tensor], *, keep: int | None, min_share: float
+    load: dict[str, Tensor], *, keep: int | None, min_share: float, least: int
 ) -> dict[str, list[int]]:
     """Experts that stay, in order: layer name -> list of indices, equally many in each layer.
 
     Args:
         load: layer name -> shares, (E,).
         keep: that many; None: as many as the layer that needs most has with a share of at least
-            `min_share` / E.
+            `min_share` / E, and `least`.
     """
     experts = len(next(iter(load.values())))
     if keep is None:
-        keep = max(int((share >= min_share / experts).sum()) for share in load.values())
+        used = [int((share >= min_share / experts).sum()) for share in load.values()]
+        keep = max(least, *used)
     most = {n: share.sort(descending=True, stable=True).indices for n, share in load.items()}
     return {n: sorted(order[:keep].tolist()) for n, order in most.items()}
 
@@ -161,8 +163,7 @@ def prune(
         ValueError: the model has no experts to drop, or its gate cannot lose any.
     """
     checkpoint = load(path)
-    overrides = {"data": data} if data else None
-    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    model, cfg, task = build(path, data)
     layers = dict(moe_layers(model))
     if not layers:
         raise ValueError(f"{path} holds no MoE layer")
@@ -179,9 +180,7 @@ def prune(
     cfg.common.cpu = cpu or cfg.common.cpu
     task.load_dataset(subset)
     before = measure(model, task, cfg, subset=subset, max_tokens=max_tokens)
-    kept = keep_most_used(before.load, keep=keep, min_share=min_share)
-    if len(next(iter(kept.values()))) < least:
-        kept = keep_most_used(before.load, keep=least, min_share=min_share)
+    kept = keep_most_used(before.load, keep=keep, min_share=min_share, least=least)
 
     left = len(next(iter(kept.values())))
     flags = flags_of(checkpoint)

@@ -5,9 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq import checkpoint_utils
-
-from fairseq_evomoe.tools.checkpoint import command, flags_of, load, read_flag
+from fairseq_evomoe.tools.checkpoint import build, command, flags_of, load, read_flag
 from fairseq_evomoe.tools.cost import costs, total
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -21,10 +19,8 @@ def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> d
         dtype: of the weights, for the bytes: one of `BYTES`.
         data: folder with the dictionaries; None: the one named in the checkpoint.
     """
-    checkpoint = load(path)
-    flags = flags_of(checkpoint)
-    overrides = {"data": data} if data else None
-    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    flags = flags_of(load(path))
+    model, _, _ = build(path, data)
     hidden = {s: read_flag(flags, f"{s}_ffn_embed_dim") for s in ("encoder", "decoder")}
     # fairseq's rule: a decoder without a width of its own has the encoder's
     hidden["decoder"] = hidden["decoder"] or hidden["encoder"]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerModel
@@ -31,6 +30,7 @@ from fairseq_evomoe.modules.plan import Clock
 from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
+    build,
     command,
     flags_of,
     load,
@@ -224,8 +224,7 @@ def upcycle(
     checkpoint = load(path)
     flags = flags_of(checkpoint)
     name = target_model(flags)
-    overrides = {"data": data} if data else None
-    (dense,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    dense, _, task = build(path, data)
     if moe_layers(dense):
         raise ValueError(f"{path} has experts already")
     flags = with_flags(flags, _name=name, arch=name, **moe)
@@ -257,12 +256,10 @@ def _built(flags: Any) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output)
-    rule = SplitRule.from_flags(args)
     moe = MoEConfig.from_args(args)
+    rule = SplitRule.from_flags(args, shared=moe.moe_shared_expert)
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: must be a number > 0")
-    if moe.moe_shared_expert and not rule.keep_base:
-        raise ValueError("--evo-base-expert diverse: --moe-shared-expert keeps the base as it is")
     if not (moe.moe_freq or moe.encoder_moe_freq or moe.decoder_moe_freq):
         moe.moe_freq = 2
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}

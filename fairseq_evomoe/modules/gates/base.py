@@ -180,6 +180,12 @@ class ScoreGate(Gate):
         self.seen = None
 
 
+def mask_of(expert: Tensor, experts: int) -> Tensor:
+    """One expert a token as a mask: (T,) int64 -> (T, E) bool."""
+    mask = torch.zeros(len(expert), experts, dtype=torch.bool, device=expert.device)
+    return mask.scatter_(1, expert[:, None], True)
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, (T, E) bool; among equals the lower index wins."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

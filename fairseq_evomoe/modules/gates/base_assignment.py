@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site, top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of, top_k_mask
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 try:
@@ -41,8 +41,7 @@ class BaseGate(ScoreGate):
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
     ) -> RoutingPlan:
         if self.training:
-            expert = balanced_assignment(logits.detach())
-            active = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, expert[:, None], True)
+            active = mask_of(balanced_assignment(logits.detach()), logits.size(1))
         else:
             active = top_k_mask(logits, 1)
         return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits)

@@ -27,8 +27,7 @@ class DenseToSparseGate(ScoreGate):
     temperature; `raw` p; `renorm` p divided by its sum, so that a lone expert weighs 1 and its
     router learns from the balance loss alone; `straight` the same with the sum held constant in
     the backward pass, so that a lone expert's router gets the gradient of p. With
-    `--moe-balance-bias` b, experts are chosen by
-    softmax((z + b + g) / tau) and weighed without b.
+    `--moe-balance-bias` b, experts are chosen by softmax((z + b + g) / tau) and weighed without b.
 
     `--dts-parity` is the rule of the official code: c = 0.001 absolute, `raw` or `softmax` weights,
     in evaluation top-1 with softmax(z) whatever the stage, and the balance loss over those weights
@@ -79,8 +78,11 @@ class DenseToSparseGate(ScoreGate):
             "--dts-parity keeps full noise; give --dts-noise gumbel",
         )
         for flag in ("--moe-balance-bias", "--moe-gate-token-bias", "--moe-balance-all-ranks"):
-            value = getattr(cfg, flag[2:].replace("-", "_"))
-            cfg.need(not value, flag, "the official code knows none; leave it or --dts-parity out")
+            cfg.need(
+                not cfg.given(flag),
+                flag,
+                "the official code knows none; leave it or --dts-parity out",
+            )
 
     def route(
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None

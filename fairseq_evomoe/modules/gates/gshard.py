@@ -53,9 +53,8 @@ class GShardGate(ScoreGate):
         pair = probs * (first | second)
         pair = pair / pair.sum(-1, keepdim=True)
         if policy == "random":
-            p2 = (probs * second).sum(-1)
-            if cfg.moe_normalize_gate_prob_before_dropping:
-                p2 = (pair * second).sum(-1)
+            shares = pair if cfg.moe_normalize_gate_prob_before_dropping else probs
+            p2 = (shares * second).sum(-1)
             second = second & (torch.rand_like(p2) < 2 * p2)[:, None]
 
         kept = [first, second]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import Gate, Site
+from fairseq_evomoe.modules.gates.base import Gate, Site, mask_of
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 
@@ -52,10 +52,7 @@ class HashGate(Gate):
         if not self._complete:
             self.ready()
             self._complete = True
-        expert = self.table[tokens.token]
-        active = torch.zeros(
-            len(x), self.cfg.moe_expert_count, dtype=torch.bool, device=x.device
-        ).scatter_(1, expert[:, None], True)
+        active = mask_of(self.table[tokens.token], self.cfg.moe_expert_count)
         weights = active.float()
         return RoutingPlan(weights, active, weights, torch.zeros_like(weights))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site, top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of, top_k_mask
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
 
@@ -65,8 +65,7 @@ class StableGate(ScoreGate):
         distill = None
         # a restart that resets the updates does not thaw the router
         if self.frozen:
-            active = torch.zeros_like(logits, dtype=torch.bool)
-            active.scatter_(1, self.table[tokens.token][:, None], True)
+            active = mask_of(self.table[tokens.token], logits.size(1))
         else:
             active = top_k_mask(logits, 1)
             distill = self._distill(active, tokens) if self.training else None

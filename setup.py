@@ -37,7 +37,7 @@ setup(
         "fairseq_evomoe.tasks",
         "fairseq_evomoe.tools",
     ],
-    package_data={"fairseq_evomoe": ["py.typed"]},
+    package_data={"fairseq_evomoe": ["py.typed"], "fairseq_evomoe.kernels": ["csrc/*"]},
     install_requires=[
         # the name under which fairseq's main branch, able to import on Python 3.11, is published
         "fairseq-fixed==0.12.3.1",

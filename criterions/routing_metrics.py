@@ -13,6 +13,8 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from fairseq_evomoe.compat import DETAIL
+from fairseq_evomoe.criterions.bucket_metrics import count, log_buckets
+from fairseq_evomoe.modules.buckets import counting
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, recording
 from fairseq_evomoe.schedule import Stage
 
@@ -142,8 +144,9 @@ class RoutingMixin:
         return criterion
 
     def forward(self, model, sample, reduce=True):
-        with recording(model) as layers:
+        with recording(model) as layers, counting(model) as look_ups:
             loss, sample_size, log = super().forward(model, sample, reduce)
+            log.update(count(look_ups))
             if reduce:
                 loss, routing = self.routing.add(
                     loss, layers, sample_size=sample_size, training=model.training
@@ -155,6 +158,7 @@ class RoutingMixin:
     def reduce_metrics(cls, logging_outputs) -> None:
         super().reduce_metrics(logging_outputs)
         log_routing(logging_outputs)
+        log_buckets(logging_outputs)
 
 
 _SIDES = ("encoder", "decoder")

@@ -1,31 +1,40 @@
 """Which implementation serves an op.
 
-``reference`` is the plain statement of the maths, ``torch`` the fast path built from library
-GEMMs; it runs on every device. ``EVOMOE_BACKEND`` forces one of them; unset means the fastest
-that can serve the call.
+``reference`` is the plain statement of the maths, ``torch`` the path built from library calls; they
+run on every device. ``native`` is C++ for CPUs. ``EVOMOE_BACKEND`` forces one of them; unset means
+the fastest that can serve the call.
 """
 
 import os
 from collections.abc import Callable
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("native", "torch", "reference")
 
 
-def choose(**implementations: Callable) -> Callable:
-    """Pick the implementation to call, fastest first.
+def always() -> str:
+    """For an implementation that serves every call."""
+    return ""
+
+
+def choose(**reason: Callable[[], str]) -> str:
+    """Name of the implementation to call, the fastest that can.
 
     Args:
-        implementations: backend name -> function; all share one signature.
+        reason: backend name -> what says why it cannot serve this call, "" where it can. An op
+            lacks the backends that are not named.
 
     Raises:
-        ValueError: ``EVOMOE_BACKEND`` names something unknown, or something that this op lacks.
+        ValueError: ``EVOMOE_BACKEND`` names something unknown, or something that cannot serve.
     """
     forced = os.environ.get("EVOMOE_BACKEND", "")
     if not forced:
-        return next(implementations[b] for b in BACKENDS if b in implementations)
-    if forced not in implementations:
+        return next(b for b in BACKENDS if b in reason and not reason[b]())
+    if forced not in BACKENDS:
+        raise ValueError(f"EVOMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}")
+    why = reason[forced]() if forced in reason else f"it has {', '.join(reason)}"
+    if why:
         raise ValueError(
-            f"EVOMOE_BACKEND={forced!r} cannot serve this op; it has {sorted(implementations)}. "
+            f"EVOMOE_BACKEND={forced!r} cannot serve this op: {why}. "
             "Unset EVOMOE_BACKEND to let the package choose."
         )
-    return implementations[forced]
+    return forced

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import backend, reference
+from fairseq_evomoe.kernels import backend, lookup_cpu, reference
 
 SCORES = ("prob", "abs_prob", "l1")
 
@@ -53,11 +53,22 @@ def lookup(
         )
     if score not in SCORES:
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
-    op = backend.choose(torch=_torch_lookup, reference=reference.lookup)
+    name = backend.choose(
+        native=lambda: lookup_cpu.why_not(z, tables),
+        torch=backend.always,
+        reference=backend.always,
+    )
+    if name == "native":
+        return lookup_cpu.lookup(
+            z, tables, score=score, temperature=temperature, row_scale=row_scale
+        )
     with torch.autocast(z.device.type, enabled=False):
-        if row_scale is not None:
+        if name == "torch" and row_scale is not None:
             return _scaled_lookup(z, tables, row_scale, score, temperature)
-        return op(z, tables, score=score, temperature=temperature)
+        if name == "torch":
+            return _Lookup.apply(z, tables, score, temperature)
+        whole = tables if row_scale is None else tables.float() * row_scale[..., None]
+        return reference.lookup(z, whole, score=score, temperature=temperature)
 
 
 @torch.no_grad()
@@ -124,10 +135,6 @@ def score_moment(score: str, bits: int, temperature: float) -> float:
         return math.sqrt(a0**bits)
     pairs = bits * (bits - 1) * a1 * a1 * a0 ** (bits - 2) if bits > 1 else 0.0
     return math.sqrt(bits * a2 * a0 ** (bits - 1) + pairs)
-
-
-def _torch_lookup(z, tables, *, score, temperature):
-    return _Lookup.apply(z, tables, score, temperature)
 
 
 class _Lookup(torch.autograd.Function):

@@ -127,24 +127,25 @@ def train_args(toy, save_dir, *extra, family="translation"):
 
 
 class _Rows(logging.Handler):
-    """Collects the JSON lines of training, one dictionary an update."""
+    """Collects the JSON lines of one kind: `train_inner`, one an update, or `valid`."""
 
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
+        self.kind = kind
         self.rows = []
 
     def emit(self, record):
-        if record.name == "train_inner":
+        if record.name == self.kind:
             row = json.loads(record.getMessage())
             self.rows.append({k: float(v) for k, v in row.items() if v is not None})
 
 
-def train(*args):
-    """The real fairseq-train in this process; what it logged, one dictionary an update."""
+def train(*args, kind="train_inner"):
+    """The real fairseq-train in this process; the lines of one kind that it logged, as numbers."""
     from fairseq.logging import progress_bar
     from fairseq_cli.train import cli_main
 
-    collector = _Rows()
+    collector = _Rows(kind)
     progress_bar.logger.setLevel(logging.INFO)
     progress_bar.logger.addHandler(collector)
     before, sys.argv = sys.argv, ["fairseq-train", *args]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MemoryConfig
-from fairseq_evomoe.kernels.lookup import lookup, quantise, score_moment
+from fairseq_evomoe.kernels import lookup_cpu
+from fairseq_evomoe.kernels.lookup import codes, lookup, quantise, score_moment
 
 
 def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
@@ -48,6 +49,8 @@ class MemoryLayer(nn.Module):
 
     tables: Tensor
     row_scale: Tensor | None
+    counting = False
+    hits: Tensor | None = None
 
     def __init__(
         self, width: int, out: int, cfg: MemoryConfig, *, bits: int = 0, bias: bool = True
@@ -77,6 +80,11 @@ class MemoryLayer(nn.Module):
         k, n, h = self.tables.shape
         return f"width={self.width}, tables={k}, rows={n}, out={h}, score={self.score}"
 
+    def train(self, mode: bool = True) -> "MemoryLayer":
+        """As torch's; on a CPU the tables move to large pages: random rows are found faster."""
+        lookup_cpu.advise(self.tables)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
         if self.training and self.converted:
@@ -85,8 +93,11 @@ class MemoryLayer(nn.Module):
                 "evomoe-export made them from"
             )
         z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
+        z = z.view(-1, self.count, self.bits)
+        if self.counting:
+            self._count(codes(z))
         y = lookup(
-            z.view(-1, self.count, self.bits),
+            z,
             self.tables,
             score=self.score,
             temperature=self.temperature,
@@ -97,6 +108,13 @@ class MemoryLayer(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.size(-1))
+
+    def _count(self, rows: Tensor) -> None:
+        """Add the rows (B, K) of a batch to `hits`, (K, N); see `buckets.counting`."""
+        k, n = self.tables.shape[:2]
+        flat = (rows + torch.arange(k, device=rows.device) * n).flatten()
+        hits = torch.bincount(flat, minlength=k * n).view(k, n).double()
+        self.hits = hits if self.hits is None else self.hits + hits
 
 
 @torch.no_grad()

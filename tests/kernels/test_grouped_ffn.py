@@ -202,11 +202,18 @@ def test_pairs_must_add_up():
 
 def test_forced_backend(monkeypatch):
     """EVOMOE_BACKEND chooses; a name that cannot be served raises instead of falling back."""
-    functions = {"torch": lambda: "fast", "reference": lambda: "truth"}
+    able = {"native": lambda: "no compiler", "torch": backend.always, "reference": backend.always}
     monkeypatch.delenv("EVOMOE_BACKEND", raising=False)
-    assert backend.choose(**functions)() == "fast"
+    assert backend.choose(**able) == "torch"
+    assert backend.choose(**able | {"native": backend.always}) == "native"
     monkeypatch.setenv("EVOMOE_BACKEND", "reference")
-    assert backend.choose(**functions)() == "truth"
-    monkeypatch.setenv("EVOMOE_BACKEND", "quantum")
-    with pytest.raises(ValueError, match="EVOMOE_BACKEND='quantum'"):
-        backend.choose(**functions)
+    assert backend.choose(**able) == "reference"
+    for name, why in (
+        ("quantum", "'quantum': choose one of"),
+        ("native", "no compiler"),
+    ):
+        monkeypatch.setenv("EVOMOE_BACKEND", name)
+        with pytest.raises(ValueError, match=why):
+            backend.choose(**able)
+    with pytest.raises(ValueError, match="it has torch"):
+        backend.choose(torch=backend.always)

@@ -115,6 +115,7 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 def test_chunks_change_nothing(monkeypatch):
     """The memory bound of mixed dtypes splits rows, not results."""
+    monkeypatch.setenv("EVOMOE_BACKEND", "torch")
     z, tables = inputs((37, 3, 4, 5))
     whole = lookup(z, tables.bfloat16(), score="prob")
     monkeypatch.setattr(kernel, "_CHUNK", 40)
@@ -148,9 +149,11 @@ def test_bad_shapes_and_scores():
         lookup(z, tables, score="cosine")
 
 
+@pytest.mark.parametrize("name", ["torch", "reference"])
 @pytest.mark.parametrize("score", SCORES)
-def test_int8_tables(score):
+def test_int8_tables(score, name, monkeypatch):
     """A scale a row: within half a step of each row of the float result, exact on whole steps."""
+    monkeypatch.setenv("EVOMOE_BACKEND", name)
     z, tables = inputs((40, 3, 4, 5))
     small, scale = quantise(tables)
     assert small.dtype == torch.int8 and scale.shape == (3, 16)

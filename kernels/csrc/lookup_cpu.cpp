@@ -1,0 +1,210 @@
+// CPU look-up for torch, by its stable C++ interface: one build serves many versions of torch.
+//
+// The work is in lookup_cpu.h, compiled for AVX-512, for AVX2 and for any machine; `isa` chooses.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+enum Score : int64_t { PROB, ABS_PROB, L1 };
+enum Isa : int64_t { PORTABLE, AVX2, AVX512 };
+
+struct bfloat {
+    uint16_t bits;
+};
+
+struct Job {
+    const float* z;          // (B, K, t)
+    const float* row_scale;  // (K, N) or null
+    int64_t B, K, t, N, H;
+    int64_t score;
+    float temperature;
+};
+
+// numbers aligned to a cache line, freed at the end of the scope
+struct Scratch {
+    float* data;
+    explicit Scratch(int64_t n)
+        : data((float*)std::aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64)) {
+        if (data == nullptr) throw std::bad_alloc();
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+};
+
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+    if (n <= grain) {
+        if (n > 0) f(0, n);
+    } else {
+        torch::stable::parallel_for(0, n, grain, f);
+    }
+}
+
+// large pages: a fresh gradient of tables costs more in page faults than in sums, and rows read
+// here and there more in address translation than in bytes
+void advise(void* from, int64_t bytes, bool now) {
+#ifdef __linux__
+    constexpr uintptr_t PAGE = 1 << 21;
+    const uintptr_t a = ((uintptr_t)from + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t b = ((uintptr_t)from + bytes) / PAGE * PAGE;
+    if (b <= a) return;
+    madvise((void*)a, b - a, MADV_HUGEPAGE);
+    constexpr int COLLAPSE = 25;  // since Linux 6.1; an older kernel does it in the background
+    if (now) madvise((void*)a, b - a, COLLAPSE);
+#endif
+}
+
+#define EVOMOE_ISA portable
+#define EVOMOE_LANES 4
+#include "lookup_cpu.h"
+#undef EVOMOE_ISA
+#undef EVOMOE_LANES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EVOMOE_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define EVOMOE_ISA avx2
+#define EVOMOE_LANES 8
+#include "lookup_cpu.h"
+#undef EVOMOE_ISA
+#undef EVOMOE_LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define EVOMOE_ISA avx512
+#define EVOMOE_LANES 16
+#include "lookup_cpu.h"
+#undef EVOMOE_ISA
+#undef EVOMOE_LANES
+#pragma GCC pop_options
+#endif
+
+int64_t best_isa() {
+#ifdef EVOMOE_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PORTABLE;
+}
+
+#ifdef EVOMOE_X86
+#define DISPATCH(isa, call)                      \
+    switch (isa) {                               \
+        case AVX512: avx512::call; break;        \
+        case AVX2: avx2::call; break;            \
+        default: portable::call;                 \
+    }
+#else
+#define DISPATCH(isa, call) portable::call
+#endif
+
+Job job(const Tensor& z, const Tensor& tables, int64_t score, double temperature) {
+    Job j{};
+    j.z = (const float*)z.const_data_ptr();
+    j.B = z.size(0), j.K = z.size(1), j.t = z.size(2);
+    j.N = tables.size(1), j.H = tables.size(2);
+    j.score = score;
+    j.temperature = (float)temperature;
+    return j;
+}
+
+// z (B, K, t) float32, tables (K, N, H) float32, bfloat16 or int8, all contiguous (the caller's
+// care) -> y (B, H) float32, code (B, K) int32, p (B, K) float32
+std::tuple<Tensor, Tensor, Tensor> lookup_forward(
+    const Tensor& z, const Tensor& tables, std::optional<Tensor> row_scale, int64_t score,
+    double temperature, int64_t isa) {
+    Job j = job(z, tables, score, temperature);
+    if (row_scale.has_value()) j.row_scale = (const float*)row_scale->const_data_ptr();
+    Tensor y = torch::stable::new_empty(z, {j.B, j.H});
+    Tensor code = torch::stable::new_empty(z, {j.B, j.K}, ScalarType::Int);
+    Tensor p = torch::stable::new_empty(z, {j.B, j.K});
+    auto* c = (int32_t*)code.mutable_data_ptr();
+    auto *w = (float*)p.mutable_data_ptr(), *out = (float*)y.mutable_data_ptr();
+    const void* from = tables.const_data_ptr();
+    isa = std::min(isa, best_isa());
+    switch (tables.scalar_type()) {
+        case ScalarType::Char: DISPATCH(isa, forward(j, (const int8_t*)from, c, w, out)); break;
+        case ScalarType::BFloat16: DISPATCH(isa, forward(j, (const bfloat*)from, c, w, out)); break;
+        default: DISPATCH(isa, forward(j, (const float*)from, c, w, out));
+    }
+    return {y, code, p};
+}
+
+// -> dz (B, K, t), dT (K, N, H), float32; empty where not needed
+std::tuple<Tensor, Tensor> lookup_backward(
+    const Tensor& dy, const Tensor& z, const Tensor& tables, const Tensor& code, const Tensor& p,
+    int64_t score, double temperature, bool need_z, bool need_t, int64_t isa) {
+    Job j = job(z, tables, score, temperature);
+    Tensor dz = torch::stable::new_empty(z, {need_z ? j.B : 0, j.K, j.t});
+    Tensor dt = torch::stable::new_empty(z, {need_t ? j.K : 0, j.N, j.H});
+    float* dz_at = need_z ? (float*)dz.mutable_data_ptr() : nullptr;
+    float* dt_at = need_t ? (float*)dt.mutable_data_ptr() : nullptr;
+    if (!need_z && !need_t) return {dz, dt};
+    if (need_t) advise(dt_at, 4 * j.K * j.N * j.H, false);
+    const auto *g = (const float*)dy.const_data_ptr(), *w = (const float*)p.const_data_ptr();
+    const auto* c = (const int32_t*)code.const_data_ptr();
+    const void* from = tables.const_data_ptr();
+    isa = std::min(isa, best_isa());
+    if (tables.scalar_type() == ScalarType::BFloat16) {
+        DISPATCH(isa, backward(j, (const bfloat*)from, g, c, w, dz_at, dt_at));
+    } else {
+        DISPATCH(isa, backward(j, (const float*)from, g, c, w, dz_at, dt_at));
+    }
+    return {dz, dt};
+}
+
+int64_t lookup_isa() { return best_isa(); }
+
+void lookup_advise(const Tensor& tables) {
+    advise(tables.mutable_data_ptr(), tables.numel() * tables.element_size(), true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
+    m.def(
+        "lookup_cpu(Tensor z, Tensor tables, Tensor? row_scale, int score, float temperature, "
+        "int isa) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "lookup_cpu_backward(Tensor dy, Tensor z, Tensor tables, Tensor code, Tensor p, int score, "
+        "float temperature, bool need_z, bool need_t, int isa) -> (Tensor, Tensor)");
+    m.def("lookup_cpu_isa() -> int");
+    m.def("lookup_cpu_advise(Tensor tables) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(evomoe, CPU, m) {
+    m.impl("lookup_cpu", TORCH_BOX(&lookup_forward));
+    m.impl("lookup_cpu_backward", TORCH_BOX(&lookup_backward));
+    m.impl("lookup_cpu_advise", TORCH_BOX(&lookup_advise));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(evomoe, CompositeExplicitAutograd, m) {
+    m.impl("lookup_cpu_isa", TORCH_BOX(&lookup_isa));
+}

@@ -1,0 +1,73 @@
+"""Use of look-up tables: statistics by hand, and the same in a validation by fairseq-train."""
+
+import pytest
+import torch
+from conftest import build, train, train_args, valid_batch
+
+from fairseq_evomoe.kernels.lookup import codes
+from fairseq_evomoe.modules.buckets import counting, usage
+from fairseq_evomoe.modules.memory_layer import MemoryLayer
+
+MEMORY = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
+KEYS = {"memory_bit_imbalance", "memory_row_skew", "memory_unused_rows"}
+
+
+def test_usage_by_hand():
+    """Two tables of four rows: one used evenly, one with its high bit always set."""
+    used = usage(torch.tensor([[2, 2, 2, 2], [0, 0, 1, 3]]))
+    assert used["bit_imbalance"].tolist() == [[0, 0], [0.5, 1]]
+    assert used["skew"].tolist() == [1, 3]
+    assert used["unused"].tolist() == [0, 0.5]
+
+
+def test_counts_are_of_the_rows_that_are_read(toy):
+    """Each layer's hits equal its inputs' codes, counted one by one; training counts nothing."""
+    cfg, task, model = build(toy, *MEMORY)
+    batch = valid_batch(task)
+    criterion = task.build_criterion(cfg.criterion)
+    model.train()
+    assert "memory_hits" not in criterion(model, batch)[2]
+    model.eval()
+    seen = {}
+
+    def note(layer, args):
+        x = args[0].detach().reshape(-1, layer.width)
+        short = layer.count * layer.bits - layer.width
+        z = torch.nn.functional.pad(x, (0, short)).view(-1, layer.count, layer.bits)
+        want = torch.zeros(layer.tables.shape[:2], dtype=torch.float64)
+        for row in codes(z).tolist():
+            for k, code in enumerate(row):
+                want[k, code] += 1
+        seen[layer] = want
+
+    hooks = [
+        m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, MemoryLayer)
+    ]
+    with torch.no_grad():
+        log = criterion(model, batch)[2]
+        with counting(model) as layers:
+            criterion.__class__.__mro__[2].forward(criterion, model, batch)
+            assert all(torch.equal(layer.hits, seen[layer]) for layer in layers)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(log["memory_hits"], torch.cat([seen[x].flatten() for x in layers]))
+    assert all(layer.hits is None and not layer.counting for layer in layers)
+
+
+@pytest.mark.parametrize("family", ["translation", "lm"])
+def test_validation_logs_the_whole_run(toy, tmp_path, family):
+    """The figures are of all batches together: the same in small batches as in one."""
+    found = []
+    for name, tokens in (("small", 200), ("large", 4000)):
+        flags = (*MEMORY, "--max-update", 1, "--max-tokens-valid", tokens, "--seed", 3)
+        if family == "lm":
+            flags += ("--sample-break-mode", "none")
+        args = train_args(toy, tmp_path / name, *flags, family=family)
+        args.remove("--disable-validation")
+        rows = train(*args, kind="valid")
+        found.append({k: float(rows[-1][f"valid_{k}"]) for k in KEYS})
+    small, large = found
+    if family == "lm":  # no pads, which a batch has more or fewer of
+        assert small == large
+    assert 0 < small["memory_bit_imbalance"] < 0.5 and small["memory_row_skew"] > 1
+    assert small["memory_unused_rows"] <= large["memory_unused_rows"] + 0.02 < 0.7

@@ -1,0 +1,231 @@
+"""csrc/lookup_cpu.cpp: every instruction set against the reference in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fairseq_evomoe.kernels import lookup_cpu, native, reference
+from fairseq_evomoe.kernels.lookup import SCORES, lookup, quantise
+
+SHAPES = [
+    (1, 1, 1, 1),  # the smallest
+    (1, 5, 8, 100),  # one row: split over columns; a width that fills no register
+    (7, 3, 4, 5),  # odd everything
+    (64, 9, 8, 48),  # by rows, tables that four do not divide
+    (600, 11, 4, 70),  # by tiles, tables that eight do not divide, a last tile of 6 columns
+    (300, 3, 5, 32),  # by tiles of whole width
+    (5200, 2, 10, 33),  # by tiles too large for eight at once
+    (0, 3, 4, 5),  # no rows
+]
+
+
+@pytest.fixture(params=lookup_cpu.ISAS)
+def isa(request, monkeypatch):
+    assert not lookup_cpu.missing()
+    if lookup_cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("EVOMOE_BACKEND", "native")
+    monkeypatch.setenv("EVOMOE_CPU_ISA", request.param)
+
+
+def inputs(shape):
+    rows, tables, bits, width = shape
+    return torch.randn(rows, tables, bits), torch.randn(tables, 2**bits, width)
+
+
+def close(have, want):
+    scale = want.abs().max().clamp_min(1) if want.numel() else 1
+    return torch.allclose(have.double(), want.double(), atol=float(2e-5 * scale), rtol=2e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_every_gradient(shape, score, isa):
+    """y, dz and dT against autograd through the reference in float64."""
+    z, tables = inputs(shape)
+    dy = torch.randn(shape[0], shape[3])
+    results = []
+    for op, dtype in ((lookup, torch.float32), (reference.lookup, torch.float64)):
+        a = z.clone().to(dtype).requires_grad_()
+        b = tables.clone().to(dtype).requires_grad_()
+        y = op(a, b, score=score, temperature=0.7)
+        y.backward(dy.to(dtype))
+        zero = torch.zeros_like(b)
+        results.append((y.detach(), a.grad, zero if b.grad is None else b.grad))
+    for have, want in zip(*results, strict=True):
+        assert close(have, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_one_gradient_alone(shape, isa):
+    """What is not asked for is not computed, and changes nothing in the other."""
+    z, tables = inputs(shape)
+    dy = torch.randn(shape[0], shape[3])
+    both = z.clone().requires_grad_(), tables.clone().requires_grad_()
+    lookup(*both, score="prob").backward(dy)
+    for i in (0, 1):
+        one = [z.clone(), tables.clone()]
+        one[i].requires_grad_()
+        lookup(*one, score="prob").backward(dy)
+        assert torch.equal(one[i].grad, both[i].grad) and one[1 - i].grad is None
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_tables(shape, score, isa):
+    """int8 rows with their scales, and bfloat16 rows, are read as what they stand for."""
+    z, tables = inputs(shape)
+    small, scale = quantise(tables)
+    want = reference.lookup(z.double(), (small.float() * scale[..., None]).double(), score=score)
+    assert close(lookup(z, small, score=score, row_scale=scale), want)
+    half = tables.bfloat16()
+    assert close(lookup(z, half, score=score), reference.lookup(z, half.double(), score=score))
+    # a bfloat16 parameter gets a bfloat16 gradient, summed in float32
+    a, b = half.clone().requires_grad_(), half.float().requires_grad_()
+    for x in (a, b):
+        lookup(z, x, score=score).sum().backward()
+    assert a.grad.dtype == torch.bfloat16 and torch.equal(a.grad, b.grad.bfloat16())
+    with pytest.raises(ValueError, match="for inference"):
+        lookup(z.requires_grad_(), small, score=score, row_scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(600, 11, 4, 70), (64, 9, 8, 48)], ids=str)
+def test_a_row_does_not_know_its_batch(shape, isa):
+    """The same bits alone, among many and with any number of threads: sums have one order."""
+    z, tables = inputs(shape)
+    whole = lookup(z, tables, score="prob")
+    for i in (0, len(z) // 2, len(z) - 1):
+        assert torch.equal(lookup(z[i : i + 1], tables, score="prob")[0], whole[i])
+    grads = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        a, b = z.clone().requires_grad_(), tables.clone().requires_grad_()
+        y = lookup(a, b, score="prob")
+        y.square().sum().backward()
+        assert torch.equal(y, whole)
+        grads.append((a.grad, b.grad))
+    torch.set_num_threads(before)
+    for other in grads[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(grads[0], other, strict=True))
+
+
+def test_special_values(isa):
+    """0 and -0 set the bit, infinities are sure (p = 1), a NaN stays and spoils no other row."""
+    tables = torch.randn(1, 8, 20)
+    z = torch.tensor([[0.0, -0.0, 0.0], [torch.inf, -torch.inf, torch.inf], [1e30, 1, -1e-30]])
+    y = lookup(z[:, None], tables, score="prob")
+    assert close(y[0], tables[0, 7] / 8)
+    assert torch.equal(y[1], tables[0, 5])
+    assert close(y[2], tables[0, 3] * torch.sigmoid(torch.tensor(2.0)) / 2)
+    z[0, 1] = torch.nan
+    y = lookup(z[:, None], tables, score="prob")
+    assert y[0].isnan().all() and torch.isfinite(y[1:]).all()
+
+
+def test_nothing_is_left_unwritten(isa):
+    """With fresh memory full of NaN, every number of the results is still a number."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for shape in SHAPES:
+            z, tables = (x.requires_grad_() for x in inputs(shape))
+            y = lookup(z, tables, score="abs_prob")
+            y.sum().backward()
+            assert all(torch.isfinite(x).all() for x in (y, z.grad, tables.grad))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_half_precision_inputs_and_strides(isa):
+    """Inputs of half precision and transposed tables are read as they are meant."""
+    z, tables = inputs((33, 3, 4, 16))
+    for dtype in (torch.float16, torch.bfloat16):
+        y = lookup(z.to(dtype), tables, score="prob")
+        want = reference.lookup(z.to(dtype).double(), tables.double(), score="prob")
+        assert y.dtype == dtype and torch.equal(y, want.float().to(dtype)) or close(y, want)
+    turned = tables.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = torch.stack([z, z])[:, ::2]
+    assert torch.equal(
+        lookup(strided[0], turned, score="prob"), lookup(z[::2], tables, score="prob")
+    )
+
+
+def test_as_ops_of_torch(isa):
+    """opcheck of both ops, and a whole graph under torch.compile with the same gradients."""
+    z, tables = (x.requires_grad_() for x in inputs((40, 3, 4, 16)))
+    call = (z, tables, None, 0, 0.7, lookup_cpu.isa())
+    torch.library.opcheck(torch.ops.evomoe.lookup_cpu, call)
+    _, code, p = torch.ops.evomoe.lookup_cpu(*call)
+    back = (torch.randn(40, 16), z.detach(), tables.detach(), code, p.detach(), 0, 0.7)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.evomoe.lookup_cpu_backward, (*back, *needs, lookup_cpu.isa())
+        )
+    torch._dynamo.reset()  # a compiled graph keeps the instruction set it was compiled with
+    f = lambda a, b: lookup(a, b, score="prob", temperature=0.7).square().sum()
+    grads = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        z.grad = tables.grad = None
+        g(z, tables).backward()
+        grads.append((z.grad, tables.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_large_pages_change_nothing():
+    """Tables of several MiB keep their values."""
+    tables = torch.randn(16, 256, 512)
+    copy = tables.clone()
+    lookup_cpu.advise(tables)
+    assert torch.equal(tables, copy)
+
+
+def test_what_it_cannot_serve_is_said(monkeypatch):
+    """float64 goes to torch by itself, and is refused with the reason when native is forced."""
+    z, tables = inputs((3, 2, 4, 5))
+    args = (z.double(), tables.double())
+    assert torch.allclose(
+        lookup(*args, score="prob"), reference.lookup(*args, score="prob"), atol=1e-12
+    )
+    monkeypatch.setenv("EVOMOE_BACKEND", "native")
+    with pytest.raises(ValueError, match="it has no torch.float64"):
+        lookup(*args, score="prob")
+    monkeypatch.setenv("EVOMOE_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="this machine has portable"):
+        lookup(z, tables, score="prob")
+
+
+PROGRAM = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+from fairseq_evomoe.kernels.lookup import lookup
+for _ in range(2):
+    lookup(torch.randn(2, 3, 4), torch.randn(3, 16, 5), score="prob")
+"""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("/no/such/compiler", "No such file"), ("/bin/false", "/bin/false exited 1")],
+)
+def test_without_a_compiler_torch_serves(compiler, said, tmp_path):
+    """One line says why; the call works; nothing half-built stays behind."""
+    env = {**os.environ, "CXX": compiler, "EVOMOE_CACHE": str(tmp_path)}
+    env.pop("EVOMOE_BACKEND", None)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [x for x in done.stderr.splitlines() if "torch serves instead" in x]
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_is_kept(tmp_path, monkeypatch):
+    """The second call of a build is a look into the cache folder."""
+    monkeypatch.setenv("EVOMOE_CACHE", str(tmp_path))
+    first = native.build("lookup_cpu")
+    stamp = first.stat().st_mtime_ns
+    assert native.build("lookup_cpu") == first and first.stat().st_mtime_ns == stamp
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]

@@ -53,7 +53,7 @@ def grouped_ffn(
             f"{pairs} pairs, but counts sum to {sum(counts)} and there are {weight.numel()} weights"
         )
     name = backend.choose(torch=backend.always, reference=backend.always)
-    op = _torch_grouped_ffn if name == "torch" else reference.grouped_ffn
+    op: Callable[..., Tensor] = _torch_grouped_ffn if name == "torch" else reference.grouped_ffn
     kwargs = dict(weight=weight, token=token, counts=counts, activation=activation, dropout=dropout)
     device = x.device.type
     if torch.is_autocast_enabled(device):

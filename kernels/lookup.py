@@ -119,6 +119,14 @@ def weigh_backward(z: Tensor, p: Tensor, dp: Tensor, score: str, temperature: fl
     return sign * (1 + total * slope) * (dp * plain)[..., None]
 
 
+def _moments(temperature: float, power: int) -> list[float]:
+    """E[|z|^m sigmoid(2 |z| / temperature)^power] for m = 0, 1, 2 and standard normal z."""
+    x = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2) * math.sqrt(2 / math.pi)
+    base = density * torch.sigmoid(2 * x / temperature).pow(power)
+    return [float(torch.trapezoid(base * x**m, x)) for m in range(3)]
+
+
 def score_moment(score: str, bits: int, temperature: float) -> float:
     """Root mean square of the score for standard normal z, by one-dimensional quadrature.
 
@@ -127,14 +135,28 @@ def score_moment(score: str, bits: int, temperature: float) -> float:
     """
     if score == "l1":
         return math.sqrt(bits + bits * (bits - 1) * 2 / math.pi) / bits
-    x = torch.linspace(0, 12, 24001, dtype=torch.float64)
-    density = torch.exp(-x * x / 2) * math.sqrt(2 / math.pi)
-    base = density * torch.sigmoid(2 * x / temperature).square()
-    a0, a1, a2 = (float(torch.trapezoid(base * x**m, x)) for m in range(3))
+    a0, a1, a2 = _moments(temperature, 2)
     if score == "prob":
         return math.sqrt(a0**bits)
     pairs = bits * (bits - 1) * a1 * a1 * a0 ** (bits - 2) if bits > 1 else 0.0
     return math.sqrt(bits * a2 * a0 ** (bits - 1) + pairs)
+
+
+def linear_gain(score: str, bits: int, temperature: float) -> float:
+    """a for which T[c] = a W s_c makes p(z) T[code(z)] the best look-up for W z, z standard normal.
+
+    s_c are the signs of code c. By least squares a = E[p |z_i|] / E[p^2]; with B_m as A_m of
+    `score_moment` but the first power of the sigmoid, E[p |z_i|] = B_1 B_0^(t-1) and
+    E[S p |z_i|] = B_2 B_0^(t-1) + (t-1) B_1^2 B_0^(t-2).
+    """
+    square = score_moment(score, bits, temperature) ** 2
+    if score == "l1":
+        return (1 + (bits - 1) * 2 / math.pi) / bits / square
+    b0, b1, b2 = _moments(temperature, 1)
+    if score == "prob":
+        return b1 * b0 ** (bits - 1) / square
+    pairs = (bits - 1) * b1 * b1 * b0 ** (bits - 2) if bits > 1 else 0.0
+    return (b2 * b0 ** (bits - 1) + pairs) / square
 
 
 class _Lookup(torch.autograd.Function):

@@ -92,8 +92,7 @@ class MemoryLayer(nn.Module):
                 "--memory-tables bf16 and int8 are for inference: train the checkpoint that "
                 "evomoe-export made them from"
             )
-        z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
-        z = z.view(-1, self.count, self.bits)
+        z = self.slices(x)
         if self.counting:
             self._count(codes(z))
         y = lookup(
@@ -108,6 +107,11 @@ class MemoryLayer(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.size(-1))
+
+    def slices(self, x: Tensor) -> Tensor:
+        """What is hashed: (..., D) -> (B, K, t), filled up with zeros."""
+        z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
+        return z.view(-1, self.count, self.bits)
 
     def _count(self, rows: Tensor) -> None:
         """Add the rows (B, K) of a batch to `hits`, (K, N); see `buckets.counting`."""

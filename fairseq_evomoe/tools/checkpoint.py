@@ -1,6 +1,7 @@
 """What the tools share: reading and writing checkpoints, and whose model a checkpoint holds."""
 
 import argparse
+import dataclasses
 import os
 import shutil
 from argparse import Namespace
@@ -12,10 +13,21 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.transformer import TransformerModel
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from omegaconf import OmegaConf
 
 from fairseq_evomoe import compat
+from fairseq_evomoe.config import Flags
 
 EXTRA = "_extra_state"
+FAMILIES = {
+    TransformerModel: "transformer_evomoe",
+    TransformerLanguageModel: "transformer_lm_evomoe",
+    RobertaModel: "roberta_evomoe",
+}
+"""Classes of dense models -> our model of the same family."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -126,6 +138,37 @@ def model_class(flags: Any) -> type:
     if found is None:
         raise ValueError(f"unknown model {name!r}: import the plugin that registers it")
     return found
+
+
+def target_model(flags: Any) -> str:
+    """Name of our model for the family of a dense one.
+
+    Raises:
+        ValueError: the model is of another family.
+    """
+    cls = model_class(flags)
+    ours = cls.__module__.startswith("fairseq_evomoe.")
+    for base, name in FAMILIES.items():
+        if cls is base or (ours and issubclass(cls, base)):
+            return name
+    known = ", ".join(c.__name__ for c in FAMILIES)
+    raise ValueError(f"{cls.__name__} cannot be converted: only {known} and our own dense models")
+
+
+def built(flags: Any) -> Any:
+    """Flags as `build_model` wants them: fairseq hands dataclass models a DictConfig."""
+    return OmegaConf.create(flags) if isinstance(flags, dict) else flags
+
+
+def command_line(flags: Flags) -> str:
+    """The flags that are not at their defaults, as a command line has them."""
+    words = []
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if field.name != "_name" and value != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
+    return " ".join(words)
 
 
 def command(

@@ -9,7 +9,6 @@ the gate; `--no-optimizer-state` leaves them out.
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +16,6 @@ from typing import Any
 
 import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models.roberta import RobertaModel
-from fairseq.models.transformer import TransformerModel
-from fairseq.models.transformer_lm import TransformerLanguageModel
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,41 +26,23 @@ from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
     build,
+    built,
     command,
+    command_line,
     flags_of,
     load,
-    model_class,
     refuse_existing,
+    target_model,
     with_flags,
     write,
 )
 
-FAMILIES = {
-    TransformerModel: "transformer_evomoe",
-    TransformerLanguageModel: "transformer_lm_evomoe",
-    RobertaModel: "roberta_evomoe",
-}
 CRITERIONS = {
     "CrossEntropyCriterion": "MoECrossEntropyCriterion",
     "LabelSmoothedCrossEntropyCriterion": "MoELabelSmoothedCrossEntropyCriterion",
     "MaskedLmLoss": "MoEMaskedLMCriterion",
 }
 _DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
-
-
-def target_model(flags: Any) -> str:
-    """Name of our model for the family of a dense one.
-
-    Raises:
-        ValueError: the model is of another family, or has experts already.
-    """
-    cls = model_class(flags)
-    ours = cls.__module__.startswith("fairseq_evomoe.")
-    for base, name in FAMILIES.items():
-        if cls is base or (ours and issubclass(cls, base)):
-            return name
-    known = ", ".join(c.__name__ for c in FAMILIES)
-    raise ValueError(f"{cls.__name__} cannot be upcycled: only {known} and our own dense models")
 
 
 class Upcycled:
@@ -229,7 +206,7 @@ def upcycle(
         raise ValueError(f"{path} has experts already")
     flags = with_flags(flags, _name=name, arch=name, **moe)
     torch.manual_seed(seed)
-    grown = task.build_model(_built(flags), from_checkpoint=True)
+    grown = task.build_model(built(flags), from_checkpoint=True)
     for _, layer in moe_layers(grown):
         layer.gate.ready()
     plan = Upcycled(dense, grown, rule, seed)
@@ -247,11 +224,6 @@ def upcycle(
         criterion = history[-1].get("criterion_name")
         history[-1]["criterion_name"] = CRITERIONS.get(criterion, criterion)
     return checkpoint
-
-
-def _built(flags: Any) -> Any:
-    """Flags as `build_model` wants them: fairseq hands dataclass models a DictConfig."""
-    return OmegaConf.create(flags) if isinstance(flags, dict) else flags
 
 
 def run(args: argparse.Namespace) -> None:
@@ -282,17 +254,6 @@ def run(args: argparse.Namespace) -> None:
         f"--restore-file {args.output} "
         + (f"--evo-spawn-update {updates}" if kept else "--evo-spawn-update 0 --reset-optimizer")
     )
-
-
-def command_line(moe: MoEConfig) -> str:
-    """The MoE flags that are not at their defaults, as a command line has them."""
-    words = []
-    for field in dataclasses.fields(moe):
-        value = getattr(moe, field.name)
-        if field.name != "_name" and value != field.default:
-            flag = "--" + field.name.replace("_", "-")
-            words += [flag] if value is True else [flag, str(value)]
-    return " ".join(words)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,10 +10,7 @@ one does not.
 """
 
 import argparse
-import csv
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,7 +21,7 @@ from fairseq import options, tasks, utils  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.optim import build_optimizer  # noqa: E402
 from gates import GATES, TASKS, USER_DIR, flags_of, prepare  # noqa: E402
-from moe_layer import cpu_name  # noqa: E402
+from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
 
 FIELDS = (
     "task gate tokens_per_s ratio_to_dense_p50 ratio_p20 ratio_p80 parameters experts rounds "
@@ -65,13 +62,11 @@ class Run:
         self.sample = next(iter(batches))
         self.tokens = self.sample["ntokens"]
 
-    def update(self) -> float:
-        start = time.perf_counter()
+    def update(self) -> None:
         self.optimizer.zero_grad()
         loss, size, _ = self.criterion(self.model, self.sample)
         (loss / size).backward()
         self.optimizer.step()
-        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -90,41 +85,25 @@ def main() -> None:
     runs = {
         g: Run(args.task, g, folder) for g in names if (args.task, g) != ("lm", "expert_choice")
     }
-    times: dict[str, list[float]] = {g: [] for g in runs}
-    for turn in range(args.rounds + 1):
-        for gate, run in runs.items():
-            seconds = run.update()
-            if turn:  # the first round warms up
-                times[gate].append(seconds)
+    times = interleave({g: run.update for g, run in runs.items()}, args.rounds)
     rows = []
     for gate, run in runs.items():
-        ratios = sorted(d / t for d, t in zip(times["dense"], times[gate], strict=True))
-        at = lambda q, ratios=ratios: round(ratios[round(q * (len(ratios) - 1))], 3)
+        # dense time over the gate's: a ratio of speeds
+        speed = ratios(times, "dense", gate)
         rows.append(
             {
                 "task": args.task,
                 "gate": gate,
-                "tokens_per_s": round(run.tokens / statistics.median(times[gate])),
-                "ratio_to_dense_p50": at(0.5),
-                "ratio_p20": at(0.2),
-                "ratio_p80": at(0.8),
+                "tokens_per_s": round(1e3 * run.tokens / milliseconds(times[gate])),
+                **{k.replace("o_p50", "o_to_dense_p50"): v for k, v in speed.items()},
                 "parameters": run.parameters,
                 "experts": TASKS[args.task]["experts"],
                 "rounds": args.rounds,
-                "threads": args.threads,
-                "device": cpu_name(),
-                "torch": torch.__version__,
-                "date": time.strftime("%Y-%m-%d"),
+                **machine(),
             }
         )
         print({k: rows[-1][k] for k in FIELDS[:7]})
-    if args.csv:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    append(args.csv, FIELDS, rows)
 
 
 if __name__ == "__main__":

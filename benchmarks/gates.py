@@ -22,18 +22,16 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 import sacrebleu
 import sentencepiece as spm
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from moe_layer import cpu_name  # noqa: E402
+from timing import append, machine  # noqa: E402
 
 BIN = Path(sys.executable).parent
 USER_DIR = ROOT / "fairseq_evomoe"
@@ -46,6 +44,8 @@ FIELDS = (
 
 BALANCED = ("--moe-gate-loss-wt", "0.01")
 UNBALANCED = ("--moe-gate-loss-wt", "0")
+PRE_NORM = ("--encoder-normalize-before", "--decoder-normalize-before")
+LOOK_UPS = ("--moe-freq", "0", *PRE_NORM)
 GATES: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "mixture": ("--moe-gate", "dense", *BALANCED),
@@ -60,8 +60,24 @@ GATES: dict[str, tuple[str, ...]] = {
     "switch_evo": ("--moe-gate", "switch", "--evo-spawn-update", "{tenth}", *BALANCED),
     "dts": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED),
     "evomoe": ("--moe-gate", "dts", *BALANCED),
+    "dense_pre": ("--moe-freq", "0", *PRE_NORM),
+    "memoryformer": (*LOOK_UPS, "--memory-ffn", "--memory-attention"),
+    "memoryformer_abs": (
+        *(*LOOK_UPS, "--memory-ffn", "--memory-attention"),
+        *("--memory-score", "abs_prob", "--memory-lr-scale", "1"),
+    ),
+    "memory_out": (
+        *(*LOOK_UPS, "--memory-ffn", "--memory-attention", "--memory-out-proj", "dense"),
+    ),
+    "memory_ffn": (*LOOK_UPS, "--memory-ffn"),
+    "memory_half": (*LOOK_UPS, "--memory-ffn", "--memory-layers", "1,3"),
+    "memory_experts": (
+        *("--moe-gate", "dts", "--expert-type", "memory", "--memory-bits", "6"),
+        *(*PRE_NORM, *BALANCED),
+    ),
 }
-"""Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one."""
+"""Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one. Look-ups
+stand where the norm comes first, beside `dense_pre`; a language model has that anyway."""
 
 TASKS: dict[str, dict] = {
     "multi30k": {
@@ -178,6 +194,8 @@ def flags_of(task: str, gate: str, updates: int) -> list[str]:
     if gate == "expert_choice" and task == "multi30k":
         # a decoder cannot have it
         flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
+    if task == "lm":
+        flags = [f for f in flags if f != PRE_NORM[0]]
     return flags
 
 
@@ -216,10 +234,8 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         "active_experts": last.get("valid_moe_active_experts", 1),
         "load_max_mean": last.get("valid_moe_load_max_mean", ""),
         "dead_experts": last.get("valid_moe_dead_experts", ""),
+        **machine(),
         "threads": 1,
-        "device": cpu_name(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
     common = ["--user-dir", USER_DIR, "--cpu", "--num-workers", "0", "--path", checkpoint]
     if task == "multi30k" and args.score:
@@ -282,11 +298,8 @@ def main() -> None:
         if (*key(name | {"flags": " ".join(extra)}), experts) in seen:
             return
         row = one(args.task, gate, args.label, seed, args, extra, folder)
-        with lock, args.csv.open("a", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        with lock:
+            append(args.csv, FIELDS, [row])
         print({k: v for k, v in row.items() if k not in ("device", "torch", "date")}, flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -9,12 +9,8 @@ percentile: single times on a shared machine mean little. FLOPs per round are 2 
 """
 
 import argparse
-import csv
 import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
 
 from fairseq_evomoe.config import MoEConfig  # noqa: E402
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer  # noqa: E402
@@ -88,36 +87,6 @@ def step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
     return run
 
 
-def compare(ours: Callable, floor: Callable, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {"ours": [], "floor": []}
-    for function in (ours, floor):
-        function()
-    for turn in range(rounds):
-        # the order alternates, so that neither always finds the other's data in the cache
-        order = (("ours", ours), ("floor", floor))
-        for name, function in order if turn % 2 else reversed(order):
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    ratios = sorted(a / b for a, b in zip(times["ours"], times["floor"], strict=True))
-    at = lambda q: ratios[min(len(ratios) - 1, round(q * (len(ratios) - 1)))]
-    return {
-        "ratio_p50": statistics.median(ratios),
-        "ratio_p20": at(0.2),
-        "ratio_p80": at(0.8),
-        "ms": 1e3 * statistics.median(times["ours"]),
-        "ms_floor": 1e3 * statistics.median(times["floor"]),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(": ")[1] for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
@@ -145,26 +114,23 @@ def main() -> None:
     rows = []
     for name, ours, floor, k in cases:
         for mode, backward in (("forward", False), ("forward+backward", True)):
-            result = compare(step(ours, x, backward), step(floor, x, backward), args.rounds)
+            times = interleave(
+                {"ours": step(ours, x, backward), "floor": step(floor, x, backward)}, args.rounds
+            )
+            floor_ms = milliseconds(times["floor"])
             flops = 2 * 2 * T * D * H * k * (3 if backward else 1)
             row = {
                 **{"benchmark": "moe_layer", "case": name, "mode": mode},
-                **{k_: round(v, 3) for k_, v in result.items()},
-                "gflops_floor": round(flops / result["ms_floor"] / 1e6, 1),
+                **ratios(times, "ours", "floor"),
+                **{"ms": milliseconds(times["ours"]), "ms_floor": floor_ms},
+                "gflops_floor": round(flops / floor_ms / 1e6, 1),
                 **{"tokens": T, "width": D, "hidden": H, "experts": E},
-                **{"threads": args.threads, "dtype": "float32", "device": cpu_name()},
-                **{"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")},
+                **{"dtype": "float32"},
+                **machine(),
             }
             rows.append(row)
             print(json.dumps({k_: row[k_] for k_ in FIELDS[1:9]}), flush=True)
-    if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    append(args.csv, FIELDS, rows)
 
 
 if __name__ == "__main__":

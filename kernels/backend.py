@@ -28,7 +28,9 @@ def choose(**reason: Callable[[], str]) -> str:
     """
     forced = os.environ.get("EVOMOE_BACKEND", "")
     if not forced:
-        return next(b for b in BACKENDS if b in reason and not reason[b]())
+        for name in BACKENDS:
+            if name in reason and not reason[name]():
+                return name
     if forced not in BACKENDS:
         raise ValueError(f"EVOMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}")
     why = reason[forced]() if forced in reason else f"it has {', '.join(reason)}"

@@ -36,12 +36,12 @@ def missing() -> str:
 
 @torch.compiler.assume_constant_result
 def isa() -> int:
-    """The widest instruction set of this machine, at most EVOMOE_CPU_ISA's; index into `ISAS`.
+    """The widest instruction set of this machine, or EVOMOE_CPU_ISA; index into `ISAS`. Read once.
 
     Raises:
         ValueError: EVOMOE_CPU_ISA names one that there is not.
     """
-    return _isa(os.environ.get("EVOMOE_CPU_ISA", ""))
+    return _isa()
 
 
 @functools.cache
@@ -49,14 +49,16 @@ def _load() -> str:
     missing = native.load("lookup_cpu")
     if not missing:
         torch.library.register_fake("evomoe::lookup_cpu")(_fake)
+        torch.library.register_fake("evomoe::lookup_cpu_infer")(lambda *args: _fake(*args)[0])
         torch.library.register_fake("evomoe::lookup_cpu_backward")(_fake_backward)
         torch.library.register_autograd("evomoe::lookup_cpu", _backward, setup_context=_keep)
     return missing
 
 
 @functools.cache
-def _isa(asked: str) -> int:
+def _isa() -> int:
     best = torch.ops.evomoe.lookup_cpu_isa()
+    asked = os.environ.get("EVOMOE_CPU_ISA")
     if not asked:
         return best
     if asked not in ISAS[: best + 1]:
@@ -75,17 +77,14 @@ def lookup(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """See `lookup.lookup`."""
-    wide = z.float().contiguous()
-    call = (wide, tables.contiguous(), row_scale, SCORES[score], temperature, isa())
-    op = torch.ops.evomoe.lookup_cpu.default
-    differentiable = torch.is_grad_enabled() and (z.requires_grad or tables.requires_grad)
-    if differentiable or torch.compiler.is_compiling():
-        y = op(*call)[0]
+    wide = z if z.dtype == torch.float32 else z.float()
+    args = (wide.contiguous(), tables.contiguous(), row_scale, SCORES[score], temperature, isa())
+    ops = torch.ops.evomoe
+    if torch.is_grad_enabled() and (z.requires_grad or tables.requires_grad):
+        y = ops.lookup_cpu.default(*args)[0]
     else:
-        # a decoder calls this for one token: nothing between the call and the kernel
-        with torch._C._AutoDispatchBelowAutograd():
-            y = op(*call)[0]
-    return y.to(z.dtype)
+        y = ops.lookup_cpu_infer.default(*args)
+    return y if y.dtype == z.dtype else y.to(z.dtype)
 
 
 def advise(tables: Tensor) -> None:

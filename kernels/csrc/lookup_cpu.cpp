@@ -135,26 +135,41 @@ Job job(const Tensor& z, const Tensor& tables, int64_t score, double temperature
     return j;
 }
 
+void run_forward(Job j, const Tensor& tables, const std::optional<Tensor>& row_scale, int64_t isa,
+                 int32_t* code, float* p, float* y) {
+    if (row_scale.has_value()) j.row_scale = (const float*)row_scale->const_data_ptr();
+    const void* from = tables.const_data_ptr();
+    isa = std::min(isa, best_isa());
+    switch (tables.scalar_type()) {
+        case ScalarType::Char: DISPATCH(isa, forward(j, (const int8_t*)from, code, p, y)); break;
+        case ScalarType::BFloat16: DISPATCH(isa, forward(j, (const bfloat*)from, code, p, y)); break;
+        default: DISPATCH(isa, forward(j, (const float*)from, code, p, y));
+    }
+}
+
 // z (B, K, t) float32, tables (K, N, H) float32, bfloat16 or int8, all contiguous (the caller's
 // care) -> y (B, H) float32, code (B, K) int32, p (B, K) float32
 std::tuple<Tensor, Tensor, Tensor> lookup_forward(
     const Tensor& z, const Tensor& tables, std::optional<Tensor> row_scale, int64_t score,
     double temperature, int64_t isa) {
-    Job j = job(z, tables, score, temperature);
-    if (row_scale.has_value()) j.row_scale = (const float*)row_scale->const_data_ptr();
+    const Job j = job(z, tables, score, temperature);
     Tensor y = torch::stable::new_empty(z, {j.B, j.H});
     Tensor code = torch::stable::new_empty(z, {j.B, j.K}, ScalarType::Int);
     Tensor p = torch::stable::new_empty(z, {j.B, j.K});
-    auto* c = (int32_t*)code.mutable_data_ptr();
-    auto *w = (float*)p.mutable_data_ptr(), *out = (float*)y.mutable_data_ptr();
-    const void* from = tables.const_data_ptr();
-    isa = std::min(isa, best_isa());
-    switch (tables.scalar_type()) {
-        case ScalarType::Char: DISPATCH(isa, forward(j, (const int8_t*)from, c, w, out)); break;
-        case ScalarType::BFloat16: DISPATCH(isa, forward(j, (const bfloat*)from, c, w, out)); break;
-        default: DISPATCH(isa, forward(j, (const float*)from, c, w, out));
-    }
+    run_forward(j, tables, row_scale, isa, (int32_t*)code.mutable_data_ptr(),
+                (float*)p.mutable_data_ptr(), (float*)y.mutable_data_ptr());
     return {y, code, p};
+}
+
+// the same for inference: y alone
+Tensor lookup_infer(const Tensor& z, const Tensor& tables, std::optional<Tensor> row_scale,
+                    int64_t score, double temperature, int64_t isa) {
+    const Job j = job(z, tables, score, temperature);
+    Tensor y = torch::stable::new_empty(z, {j.B, j.H});
+    Scratch code(j.B * j.K), p(j.B * j.K);
+    run_forward(j, tables, row_scale, isa, (int32_t*)code.data, p.data,
+                (float*)y.mutable_data_ptr());
+    return y;
 }
 
 // -> dz (B, K, t), dT (K, N, H), float32; empty where not needed
@@ -193,6 +208,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
         "lookup_cpu(Tensor z, Tensor tables, Tensor? row_scale, int score, float temperature, "
         "int isa) -> (Tensor, Tensor, Tensor)");
     m.def(
+        "lookup_cpu_infer(Tensor z, Tensor tables, Tensor? row_scale, int score, "
+        "float temperature, int isa) -> Tensor");
+    m.def(
         "lookup_cpu_backward(Tensor dy, Tensor z, Tensor tables, Tensor code, Tensor p, int score, "
         "float temperature, bool need_z, bool need_t, int isa) -> (Tensor, Tensor)");
     m.def("lookup_cpu_isa() -> int");
@@ -201,6 +219,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(evomoe, CPU, m) {
     m.impl("lookup_cpu", TORCH_BOX(&lookup_forward));
+    m.impl("lookup_cpu_infer", TORCH_BOX(&lookup_infer));
     m.impl("lookup_cpu_backward", TORCH_BOX(&lookup_backward));
     m.impl("lookup_cpu_advise", TORCH_BOX(&lookup_advise));
 }

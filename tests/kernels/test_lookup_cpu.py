@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -28,7 +29,17 @@ def isa(request, monkeypatch):
     if lookup_cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("EVOMOE_BACKEND", "native")
-    monkeypatch.setenv("EVOMOE_CPU_ISA", request.param)
+    with chosen(monkeypatch, request.param):
+        yield
+
+
+@contextmanager
+def chosen(monkeypatch, name):
+    """EVOMOE_CPU_ISA is read once in a process: here it is read anew."""
+    monkeypatch.setenv("EVOMOE_CPU_ISA", name)
+    lookup_cpu._isa.cache_clear()
+    yield
+    lookup_cpu._isa.cache_clear()
 
 
 def inputs(shape):
@@ -89,7 +100,7 @@ def test_small_tables(shape, score, isa):
         lookup(z, x, score=score).sum().backward()
     assert a.grad.dtype == torch.bfloat16 and torch.equal(a.grad, b.grad.bfloat16())
     with pytest.raises(ValueError, match="for inference"):
-        lookup(z.requires_grad_(), small, score=score, row_scale=scale)
+        lookup(z.clone().requires_grad_(), small, score=score, row_scale=scale)
 
 
 @pytest.mark.parametrize("shape", [(600, 11, 4, 70), (64, 9, 8, 48)], ids=str)
@@ -159,6 +170,11 @@ def test_as_ops_of_torch(isa):
     z, tables = (x.requires_grad_() for x in inputs((40, 3, 4, 16)))
     call = (z, tables, None, 0, 0.7, lookup_cpu.isa())
     torch.library.opcheck(torch.ops.evomoe.lookup_cpu, call)
+    plain = (z.detach(), tables.detach(), *call[2:])
+    torch.library.opcheck(torch.ops.evomoe.lookup_cpu_infer, plain)
+    assert torch.equal(
+        torch.ops.evomoe.lookup_cpu_infer(*plain), torch.ops.evomoe.lookup_cpu(*call)[0]
+    )
     _, code, p = torch.ops.evomoe.lookup_cpu(*call)
     back = (torch.randn(40, 16), z.detach(), tables.detach(), code, p.detach(), 0, 0.7)
     for needs in ((True, True), (True, False), (False, True)):
@@ -193,8 +209,10 @@ def test_what_it_cannot_serve_is_said(monkeypatch):
     monkeypatch.setenv("EVOMOE_BACKEND", "native")
     with pytest.raises(ValueError, match="it has no torch.float64"):
         lookup(*args, score="prob")
-    monkeypatch.setenv("EVOMOE_CPU_ISA", "mmx")
-    with pytest.raises(ValueError, match="this machine has portable"):
+    with (
+        chosen(monkeypatch, "mmx"),
+        pytest.raises(ValueError, match="this machine has portable"),
+    ):
         lookup(z, tables, score="prob")
 
 

@@ -1,0 +1,171 @@
+"""Time of a look-up, hash included, against the linear layer that it stands for.
+
+    python benchmarks/lookup.py --threads 1 --csv benchmarks/results/lookup.csv
+
+Contenders: nn.Linear in float32; the C++ look-up with tables in float32, bfloat16 and int8; torch's
+embedding_bag (`EVOMOE_BACKEND=torch`). Each is checked against the float64 reference first. Batch 1
+is a decoder's case: as many layers as make 128 MB of linear weights are called in turn, so that no
+weight is still in the cache; larger batches call one layer again and again. Beside each time stands
+the floor: what must come from memory over the measured copy rate, or for the linear layer its FLOPs
+over the measured rate of a matrix product, whichever is more.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from timing import append, copy_rate, gemm_rate, interleave, machine, milliseconds, ratios  # noqa
+
+from fairseq_evomoe.kernels import lookup_cpu, reference  # noqa: E402
+from fairseq_evomoe.kernels.lookup import lookup, quantise  # noqa: E402
+
+FIELDS = (
+    "case width rows mode ratio_p50 ratio_p20 ratio_p80 ms floor_ms linear_ms bits score "
+    "threads device torch date"
+).split()
+SIZE = {"fp32": 4, "bag": 4, "bf16": 2, "int8": 1}
+
+
+@contextmanager
+def serving(case: str) -> Iterator[None]:
+    """Within, torch serves the case `bag` and the C++ kernel the others."""
+    os.environ["EVOMOE_BACKEND"] = "torch" if case == "bag" else "native"
+    try:
+        yield
+    finally:
+        del os.environ["EVOMOE_BACKEND"]
+
+
+class Layers:
+    """Layers of one width, many enough to be found cold, and inputs for each."""
+
+    def __init__(self, width: int, rows: int, bits: int, score: str) -> None:
+        cold = rows == 1
+        count = max(8, 134_000_000 // (4 * width * width)) if cold else 1
+        k, n = -(-width // bits), 2**bits
+        self.width, self.rows, self.score, self.count = width, rows, score, count
+        self.k, self.n = k, n
+        self.linear = [nn.Linear(width, width) for _ in range(count)]
+        base = torch.randn(k, n, width)
+        self.tables = [base.clone() for _ in range(count)]
+        self.half = [base.bfloat16() for _ in range(count)]
+        small, self.scale = quantise(base)
+        self.small = [small.clone() for _ in range(count)]
+        for t in (*self.tables, *self.half, *self.small):
+            lookup_cpu.advise(t)
+        self.z = [torch.randn(rows, k, bits) for _ in range(count)]
+        self.x = [z.reshape(rows, -1)[:, :width].contiguous() for z in self.z]
+        self.dy = torch.randn(rows, width)
+
+    def call(self, case: str) -> Callable[[int], Tensor]:
+        """What runs layer number i."""
+        z, score, scale = self.z, self.score, self.scale
+        if case == "linear":
+            linear, x = self.linear, self.x
+            return lambda i: linear[i](x[i])
+        if case == "int8":
+            small = self.small
+            return lambda i: lookup(z[i], small[i], score=score, row_scale=scale)
+        tables = self.half if case == "bf16" else self.tables
+        return lambda i: lookup(z[i], tables[i], score=score)
+
+    def check(self) -> None:
+        """Every contender against the reference."""
+        z, table = self.z[0][:64].double(), self.tables[0].double()
+        want = reference.lookup(z, table, score=self.score)
+        for case, tolerance in (("fp32", 1e-4), ("bag", 1e-4), ("bf16", 0.03), ("int8", 0.03)):
+            with serving(case):
+                error = (self.call(case)(0)[:64] - want).abs().max() / want.abs().max()
+            assert error < tolerance, (case, error)
+
+    def forward(self, case: str) -> Callable[[], None]:
+        call = self.call(case)
+
+        def run() -> None:
+            with torch.inference_mode(), serving(case):
+                for i in range(self.count):
+                    call(i)
+
+        return run
+
+    def training(self, case: str) -> Callable[[], None]:
+        call = self.call(case)
+        inputs = self.x[0] if case == "linear" else self.z[0]
+        leaves = (inputs.requires_grad_(), self.tables[0].requires_grad_())
+
+        def run() -> None:
+            for p in (*leaves, *self.linear[0].parameters()):
+                p.grad = None
+            with serving(case):
+                call(0).backward(self.dy)
+
+        return run
+
+    def floor(self, case: str, flops: float, copied: float, backward: bool) -> float:
+        """Seconds for one layer."""
+        passes = 3 if backward else 1
+        ends = 2 * 4 * self.rows * self.width * passes
+        if case == "linear":
+            moved = 4 * self.width**2 * passes + ends
+            return max(2 * self.rows * self.width**2 * passes / flops, moved / copied)
+        touched = self.n * (1 - (1 - 1 / self.n) ** self.rows)
+        moved = self.k * touched * self.width * SIZE[case] * (2 if backward else 1) + ends
+        if backward:  # the dense gradient is written whole
+            moved += self.k * self.n * self.width * 4
+        return moved / copied
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024, 4096])
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--score", default="prob")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    flops, copied = gemm_rate(), copy_rate()
+    print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {copied / 1e9:.1f} GB/s", flush=True)
+    for width in args.widths:
+        for rows in args.rows:
+            layers = Layers(width, rows, args.bits, args.score)
+            layers.check()
+            modes = [("forward", layers.forward, ("fp32", "bf16", "int8", "bag"))]
+            if rows >= 256 and width < 2048:
+                modes.append(("forward+backward", layers.training, ("fp32", "bag")))
+            made = []
+            for mode, build, cases in modes:
+                times = interleave({c: build(c) for c in ("linear", *cases)}, args.rounds)
+                for case in cases:
+                    floor = layers.floor(case, flops, copied, "backward" in mode)
+                    made.append(
+                        {
+                            **{"case": case, "width": width, "rows": rows, "mode": mode},
+                            **ratios(times, case, "linear"),
+                            "ms": round(milliseconds(times[case]) / layers.count, 4),
+                            "floor_ms": round(1e3 * floor, 4),
+                            "linear_ms": round(milliseconds(times["linear"]) / layers.count, 4),
+                            **{"bits": args.bits, "score": args.score},
+                            **machine(),
+                        }
+                    )
+                    print({k: made[-1][k] for k in FIELDS[:10]}, flush=True)
+            append(args.csv, FIELDS, made)
+
+
+if __name__ == "__main__":
+    main()

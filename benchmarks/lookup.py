@@ -25,8 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from timing import append, copy_rate, gemm_rate, interleave, machine, milliseconds, ratios  # noqa
 
-from fairseq_evomoe.kernels import lookup_cpu, reference  # noqa: E402
+from fairseq_evomoe.kernels import reference  # noqa: E402
 from fairseq_evomoe.kernels.lookup import lookup, quantise  # noqa: E402
+from fairseq_evomoe.kernels.pages import large_pages  # noqa: E402
 
 FIELDS = (
     "case width rows mode ratio_p50 ratio_p20 ratio_p80 ms floor_ms linear_ms bits score "
@@ -61,7 +62,7 @@ class Layers:
         small, self.scale = quantise(base)
         self.small = [small.clone() for _ in range(count)]
         for t in (*self.tables, *self.half, *self.small):
-            lookup_cpu.advise(t)
+            large_pages(t, now=True)
         self.z = [torch.randn(rows, k, bits) for _ in range(count)]
         self.x = [z.reshape(rows, -1)[:, :width].contiguous() for z in self.z]
         self.dy = torch.randn(rows, width)

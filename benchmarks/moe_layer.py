@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", help="names of rows; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, help="append rows to this file")
@@ -113,6 +114,8 @@ def main() -> None:
 
     rows = []
     for name, ours, floor, k in cases:
+        if args.cases and name not in args.cases:
+            continue
         for mode, backward in (("forward", False), ("forward+backward", True)):
             times = interleave(
                 {"ours": step(ours, x, backward), "floor": step(floor, x, backward)}, args.rounds

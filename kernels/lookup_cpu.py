@@ -87,12 +87,6 @@ def lookup(
     return y if y.dtype == z.dtype else y.to(z.dtype)
 
 
-def advise(tables: Tensor) -> None:
-    """Ask for large pages under tables on a CPU: random rows then cost less to find."""
-    if tables.device.type == "cpu" and not missing():
-        torch.ops.evomoe.lookup_cpu_advise(tables)
-
-
 def _fake(z, tables, row_scale, score, temperature, isa):
     rows, count, _ = z.shape
     y = z.new_empty(rows, tables.size(2))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MemoryConfig
-from fairseq_evomoe.kernels import lookup_cpu
 from fairseq_evomoe.kernels.lookup import codes, lookup, quantise, score_moment
+from fairseq_evomoe.kernels.pages import large_pages
 
 
 def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
@@ -82,7 +82,7 @@ class MemoryLayer(nn.Module):
 
     def train(self, mode: bool = True) -> "MemoryLayer":
         """As torch's; on a CPU the tables move to large pages: random rows are found faster."""
-        lookup_cpu.advise(self.tables)
+        large_pages(self.tables, now=True)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,17 +63,13 @@ void parallel(int64_t n, int64_t grain, const F& f) {
     }
 }
 
-// large pages: a fresh gradient of tables costs more in page faults than in sums, and rows read
-// here and there more in address translation than in bytes
-void advise(void* from, int64_t bytes, bool now) {
+// large pages: a fresh gradient of tables costs more in page faults than in sums (see pages.py)
+void large_pages(void* from, int64_t bytes) {
 #ifdef __linux__
     constexpr uintptr_t PAGE = 1 << 21;
     const uintptr_t a = ((uintptr_t)from + PAGE - 1) / PAGE * PAGE;
     const uintptr_t b = ((uintptr_t)from + bytes) / PAGE * PAGE;
-    if (b <= a) return;
-    madvise((void*)a, b - a, MADV_HUGEPAGE);
-    constexpr int COLLAPSE = 25;  // since Linux 6.1; an older kernel does it in the background
-    if (now) madvise((void*)a, b - a, COLLAPSE);
+    if (b > a) madvise((void*)a, b - a, MADV_HUGEPAGE);
 #endif
 }
 
@@ -182,7 +178,7 @@ std::tuple<Tensor, Tensor> lookup_backward(
     float* dz_at = need_z ? (float*)dz.mutable_data_ptr() : nullptr;
     float* dt_at = need_t ? (float*)dt.mutable_data_ptr() : nullptr;
     if (!need_z && !need_t) return {dz, dt};
-    if (need_t) advise(dt_at, 4 * j.K * j.N * j.H, false);
+    if (need_t) large_pages(dt_at, 4 * j.K * j.N * j.H);
     const auto *g = (const float*)dy.const_data_ptr(), *w = (const float*)p.const_data_ptr();
     const auto* c = (const int32_t*)code.const_data_ptr();
     const void* from = tables.const_data_ptr();
@@ -197,10 +193,6 @@ std::tuple<Tensor, Tensor> lookup_backward(
 
 int64_t lookup_isa() { return best_isa(); }
 
-void lookup_advise(const Tensor& tables) {
-    advise(tables.mutable_data_ptr(), tables.numel() * tables.element_size(), true);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
@@ -214,14 +206,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
         "lookup_cpu_backward(Tensor dy, Tensor z, Tensor tables, Tensor code, Tensor p, int score, "
         "float temperature, bool need_z, bool need_t, int isa) -> (Tensor, Tensor)");
     m.def("lookup_cpu_isa() -> int");
-    m.def("lookup_cpu_advise(Tensor tables) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(evomoe, CPU, m) {
     m.impl("lookup_cpu", TORCH_BOX(&lookup_forward));
     m.impl("lookup_cpu_infer", TORCH_BOX(&lookup_infer));
     m.impl("lookup_cpu_backward", TORCH_BOX(&lookup_backward));
-    m.impl("lookup_cpu_advise", TORCH_BOX(&lookup_advise));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(evomoe, CompositeExplicitAutograd, m) {

@@ -191,14 +191,6 @@ def test_as_ops_of_torch(isa):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_large_pages_change_nothing():
-    """Tables of several MiB keep their values."""
-    tables = torch.randn(16, 256, 512)
-    copy = tables.clone()
-    lookup_cpu.advise(tables)
-    assert torch.equal(tables, copy)
-
-
 def test_what_it_cannot_serve_is_said(monkeypatch):
     """float64 goes to torch by itself, and is refused with the reason when native is forced."""
     z, tables = inputs((3, 2, 4, 5))

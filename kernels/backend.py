@@ -1,14 +1,14 @@
 """Which implementation serves an op.
 
 ``reference`` is the plain statement of the maths, ``torch`` the path built from library calls; they
-run on every device. ``native`` is C++ for CPUs. ``EVOMOE_BACKEND`` forces one of them; unset means
-the fastest that can serve the call.
+run on every device. ``native`` is C++ for CPUs, ``triton`` serves CUDA devices. ``EVOMOE_BACKEND``
+forces one of them; unset means the fastest that can serve the call.
 """
 
 import os
 from collections.abc import Callable
 
-BACKENDS = ("native", "torch", "reference")
+BACKENDS = ("native", "triton", "torch", "reference")
 
 
 def always() -> str:

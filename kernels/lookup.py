@@ -55,11 +55,18 @@ def lookup(
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
     name = backend.choose(
         native=lambda: lookup_cpu.why_not(z, tables),
+        triton=lambda: _without_triton(z, tables),
         torch=backend.always,
         reference=backend.always,
     )
     if name == "native":
         return lookup_cpu.lookup(
+            z, tables, score=score, temperature=temperature, row_scale=row_scale
+        )
+    if name == "triton":
+        from fairseq_evomoe.kernels import lookup_triton
+
+        return lookup_triton.lookup(
             z, tables, score=score, temperature=temperature, row_scale=row_scale
         )
     with torch.autocast(z.device.type, enabled=False):
@@ -69,6 +76,17 @@ def lookup(
             return _Lookup.apply(z, tables, score, temperature)
         whole = tables if row_scale is None else tables.float() * row_scale[..., None]
         return reference.lookup(z, whole, score=score, temperature=temperature)
+
+
+def _without_triton(z: Tensor, tables: Tensor) -> str:
+    """Why the Triton kernel cannot serve; imported only where there is a device for it."""
+    if z.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {z.device.type}"
+    try:
+        from fairseq_evomoe.kernels import lookup_triton
+    except ImportError as error:
+        return str(error)
+    return lookup_triton.why_not(z, tables)
 
 
 @torch.no_grad()

@@ -1,0 +1,93 @@
+"""Triton kernels compiled ahead of time for GPUs that are not here; run by the tests.
+
+    python tests/kernels/aot.py
+
+Prints a JSON line a kernel and target: registers, spilled bytes, shared memory. Pointers are taken
+as aligned to 16 bytes, as torch's are; else another kernel would be compiled than will run.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fairseq_evomoe.kernels import lookup_triton
+
+TARGETS = (80, 90)
+
+
+def cases():
+    """(name, kernel, signature, constants, pointers and numbers that 16 divides)."""
+    for score in range(3):
+        for table, scaled in (("fp32", False), ("bf16", False), ("i8", True)):
+            yield (
+                f"lookup forward, score {score}, tables {table}",
+                lookup_triton._forward,
+                {
+                    **{"z_ptr": "*bf16", "t_ptr": f"*{table}", "scale_ptr": "*fp32"},
+                    **{"y_ptr": "*bf16", "code_ptr": "*i32", "p_ptr": "*fp32", "slope": "fp32"},
+                    **dict.fromkeys(("rows", "count", "height", "width", "bits"), "i32"),
+                    "per_split": "i32",
+                },
+                {"SCORE": score, "T": 8, "W": 512, "SCALED": scaled, "SAVE": not scaled},
+                ("height", "width"),
+            )
+        yield (
+            f"lookup backward to z, score {score}",
+            lookup_triton._backward_z,
+            {
+                **{"z_ptr": "*bf16", "t_ptr": "*fp32", "dy_ptr": "*bf16", "dz_ptr": "*bf16"},
+                **dict.fromkeys(("count", "height", "width", "bits"), "i32"),
+                "slope": "fp32",
+            },
+            {"SCORE": score, "T": 8, "W": 512},
+            ("height", "width"),
+        )
+    yield (
+        "lookup backward to tables",
+        lookup_triton._backward_tables,
+        {
+            **{"order_ptr": "*i64", "start_ptr": "*i64", "p_ptr": "*fp32", "dy_ptr": "*bf16"},
+            **{"dt_ptr": "*fp32", "count": "i32", "width": "i32"},
+        },
+        {"W": 512},
+        ("width",),
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        out = subprocess.run(
+            [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    # STACK is what does not fit into registers: spills and local arrays
+    return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
+
+
+def main() -> None:
+    for name, kernel, signature, constants, even in cases():
+        order = kernel.arg_names
+        types = {n: signature.get(n, "constexpr") for n in order}
+        divisible = [n for n in order if types[n].startswith("*") or n in even]
+        attrs = {(order.index(n),): [["tt.divisibility", 16]] for n in divisible}
+        constexprs = {(order.index(n),): v for n, v in constants.items()}
+        for target in TARGETS:
+            source = ASTSource(kernel, types, constexprs, attrs)
+            made = triton.compile(source, target=GPUTarget("cuda", target, 32))
+            found = resources(made.asm["cubin"])
+            print(json.dumps({"kernel": name, "sm": target, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,77 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels import backend, reference
+from fairseq_evomoe.kernels import backend, grouped_ffn_gpu, reference, routing
+
+DENSE_FROM = 0.97
+"""Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
+
+
+def moe_ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    weights: Tensor,
+    active: Tensor,
+    per_token: int | None = None,
+    activation: Callable[[Tensor], Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """y_t = sum over the active pairs (t, e) of weight * FFN_e(x_t), from a plan's matrices.
+
+    On CPUs nearly dense plans run in place over all pairs (inactive ones weigh 0), and sparse ones
+    gather rows by expert, at a cost that follows the number of active pairs. On GPUs rows are
+    gathered and added back by Triton kernels around torch's grouped matrix products.
+
+    Args:
+        x, w1, b1, w2, b2, activation, dropout: as for `grouped_ffn`.
+        weights: combine weights, (T, E), 0 where inactive.
+        active: (T, E) bool.
+        per_token: active experts of every token where that number is fixed; None: count them.
+
+    Returns:
+        (T, D), dtype of `x`, or of autocast.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, w1, b1, w2, b2 = (t.to(dtype) for t in (x, w1, b1, w2, b2))
+    name = backend.choose(
+        triton=lambda: grouped_ffn_gpu.why_not(x, w1),
+        torch=backend.always,
+        reference=backend.always,
+    )
+    tokens, experts = active.shape
+    if name == "triton":
+        pairs = int(active.sum()) if per_token is None else per_token * tokens
+        with torch.autocast(device, enabled=False):
+            return grouped_ffn_gpu.sparse_ffn(
+                x,
+                *(w1, b1, w2, b2),
+                weight=weights,
+                active=active,
+                pairs=pairs,
+                activation=activation,
+                dropout=dropout,
+            )
+    token: Tensor | None
+    token, counts = routing.sort_pairs(active)
+    if sum(counts) >= DENSE_FROM * tokens * experts:
+        weight, token, counts = weights.t().reshape(-1), None, [tokens] * experts
+    else:
+        weight = weights.t().masked_select(active.t())
+    return grouped_ffn(
+        x,
+        *(w1, b1, w2, b2),
+        weight=weight,
+        token=token,
+        counts=counts,
+        activation=activation,
+        dropout=dropout,
+    )
 
 
 def grouped_ffn(

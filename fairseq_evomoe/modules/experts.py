@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import routing
-from fairseq_evomoe.kernels.grouped_ffn import grouped_ffn
+from fairseq_evomoe.kernels.grouped_ffn import moe_ffn
 from fairseq_evomoe.modules.plan import RoutingPlan
-
-DENSE_FROM = 0.97
-"""Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -151,28 +147,17 @@ class ExpertBank(Bank):
         return F.linear(h, self.w2[expert], self.b2[expert])
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D).
-
-        Nearly dense plans run in place over all pairs (inactive ones weigh 0); sparse ones gather
-        rows by expert, at a cost that follows the number of active pairs.
-        """
+        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
         active, weights = self.routed(plan)
-        tokens, experts = active.shape
-        token: Tensor | None
-        token, counts = routing.sort_pairs(active)
-        if sum(counts) >= DENSE_FROM * tokens * experts:
-            weight, token, counts = weights.t().reshape(-1), None, [tokens] * experts
-        else:
-            weight = weights.t().masked_select(active.t())
-        return grouped_ffn(
+        return moe_ffn(
             x,
             self.w1,
             self.b1,
             self.w2,
             self.b2,
-            weight=weight,
-            token=token,
-            counts=counts,
+            weights=weights,
+            active=active,
+            per_token=None if plan.per_token is None else plan.per_token + self.shared,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_evomoe.kernels import lookup_triton
+from fairseq_evomoe.kernels import dispatch_triton, lookup_triton
 
 TARGETS = (80, 90)
 
@@ -59,6 +59,46 @@ def cases():
             **{"dt_ptr": "*fp32", "count": "i32", "width": "i32"},
         },
         {"W": 512},
+        ("width",),
+    )
+
+    rows = {"width": "i32", "experts": "i32", "place_ptr": "*i32"}
+    for weighted, dot in ((False, False), (True, True)):
+        yield (
+            f"spread, weighted {weighted}",
+            dispatch_triton._spread,
+            {
+                **{"x_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16"},
+                **{"rows_ptr": "*bf16", "dot_ptr": "*fp32", **rows},
+            },
+            {"W": 1024, "WEIGHTED": weighted, "DOT": dot},
+            ("width",),
+        )
+        yield (
+            f"collect, weighted {weighted}",
+            dispatch_triton._collect,
+            {"rows_ptr": "*bf16", "weight_ptr": "*fp32", "y_ptr": "*bf16", **rows},
+            {"W": 1024, "WEIGHTED": weighted},
+            ("width",),
+        )
+    yield (
+        "add rows",
+        dispatch_triton._add_rows,
+        {
+            **{"h_ptr": "*bf16", "bias_ptr": "*bf16", "expert_ptr": "*i32", "out_ptr": "*bf16"},
+            "width": "i32",
+        },
+        {"W": 1024},
+        ("width",),
+    )
+    yield (
+        "sum rows",
+        dispatch_triton._sum_rows,
+        {
+            **{"dh_ptr": "*bf16", "starts_ptr": "*i32", "ends_ptr": "*i32", "db_ptr": "*bf16"},
+            "width": "i32",
+        },
+        {"R": 64, "W": 128},
         ("width",),
     )
 

@@ -15,4 +15,5 @@ class DenseGate(ScoreGate):
     def route(
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
     ) -> RoutingPlan:
-        return RoutingPlan(probs, torch.ones_like(probs, dtype=torch.bool), probs, logits)
+        active = torch.ones_like(probs, dtype=torch.bool)
+        return RoutingPlan(probs, active, probs, logits, per_token=probs.size(1))

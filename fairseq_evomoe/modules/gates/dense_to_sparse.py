@@ -90,7 +90,7 @@ class DenseToSparseGate(ScoreGate):
         cfg = self.cfg
         if cfg.dts_parity and not self.training:
             active = top_k_mask(probs, 1)
-            return RoutingPlan(probs * active, active, probs, logits)
+            return RoutingPlan(probs * active, active, probs, logits, per_token=1)
 
         noise = self._noise(logits, clock)
         p = torch.softmax((logits + noise) / clock.temperature, -1)
@@ -109,7 +109,8 @@ class DenseToSparseGate(ScoreGate):
         if cfg.dts_combine in ("renorm", "straight"):
             total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
             weights = weights / (total.detach() if cfg.dts_combine == "straight" else total)
-        return RoutingPlan(weights, active, probs, logits)
+        fixed = cfg.dts_top_k if clock.stage == Stage.HARD else None
+        return RoutingPlan(weights, active, probs, logits, per_token=fixed)
 
     def _noise(self, logits: Tensor, clock: Clock) -> Tensor | float:
         if not self.training or self.cfg.dts_noise == "none":

@@ -69,7 +69,8 @@ class StableGate(ScoreGate):
         else:
             active = top_k_mask(logits, 1)
             distill = self._distill(active, tokens) if self.training else None
-        return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits, distill=distill)
+        weights = torch.sigmoid(logits) * active
+        return RoutingPlan(weights, active, probs, logits, distill=distill, per_token=1)
 
     def _distill(self, active: Tensor, tokens: TokenBatch) -> Tensor:
         words = F.linear(self.words[tokens.token].float(), self.distilled.float())

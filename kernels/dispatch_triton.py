@@ -1,0 +1,215 @@
+"""Tokens to experts and back on GPUs, in Triton: gather, biases, weighted sum, with gradients.
+
+Letters: T tokens, D model width, F expert hidden width, E experts, A active (token, expert) pairs.
+
+A token's row is read once and written to each of its places in expert order; what comes back is
+summed by the program that owns the token. So nothing needs atomics, nothing waits for the host, and
+any number of experts per token is the same case. Sums are float32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def places(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each active pair stands in expert order: experts ascending, tokens within an expert.
+
+    Args:
+        active: (T, E) bool.
+
+    Returns:
+        place of each pair, (T, E) int32, -1 where inactive; ends of the experts' rows, (E,) int32.
+    """
+    count = active.to(torch.int32).cumsum(0, dtype=torch.int32)
+    load = count[-1] if len(count) else torch.zeros_like(active[:0].sum(0, dtype=torch.int32))
+    ends = load.cumsum(0, dtype=torch.int32)
+    place = count - 1 + (ends - load)
+    return place.masked_fill(~active, -1), ends
+
+
+@triton.jit
+def _spread(
+    x_ptr, weight_ptr, place_ptr, out_ptr, rows_ptr, dot_ptr,
+    width, experts,
+    W: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """rows[place] = weight * x of each pair of a token; with DOT also <out[place], x>."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, W)
+    inside = d < width
+    x = tl.load(x_ptr + t * width + d, mask=inside, other=0).to(tl.float32)
+    for e in range(experts):
+        at = tl.load(place_ptr + t * experts + e).to(tl.int64)
+        # no columns where the pair is inactive
+        there = d < tl.where(at >= 0, width, 0)
+        row = at * width + d
+        value = x
+        if WEIGHTED:
+            value = x * tl.load(weight_ptr + t * experts + e).to(tl.float32)
+        tl.store(rows_ptr + row, value.to(rows_ptr.dtype.element_ty), mask=there)
+        if DOT:
+            out = tl.load(out_ptr + row, mask=there, other=0).to(tl.float32)
+            tl.store(dot_ptr + t * experts + e, tl.sum(out * x, 0))
+
+
+@triton.jit
+def _collect(
+    rows_ptr, weight_ptr, place_ptr, y_ptr,
+    width, experts,
+    W: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """y = sum over the pairs of a token of weight * rows[place]."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, W)
+    inside = d < width
+    y = tl.zeros([W], tl.float32)
+    for e in range(experts):
+        at = tl.load(place_ptr + t * experts + e).to(tl.int64)
+        there = d < tl.where(at >= 0, width, 0)
+        row = at * width + d
+        value = tl.load(rows_ptr + row, mask=there, other=0).to(tl.float32)
+        if WEIGHTED:
+            value = value * tl.load(weight_ptr + t * experts + e).to(tl.float32)
+        y += value
+    tl.store(y_ptr + t * width + d, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rows(h_ptr, bias_ptr, expert_ptr, out_ptr, width, W: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    e = tl.load(expert_ptr + r).to(tl.int64)
+    f = tl.program_id(1) * W + tl.arange(0, W)
+    inside = f < width
+    h = tl.load(h_ptr + r * width + f, mask=inside, other=0).to(tl.float32)
+    h += tl.load(bias_ptr + e * width + f, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + r * width + f, h.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_rows(
+    dh_ptr, starts_ptr, ends_ptr, db_ptr, width, R: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Sum of each expert's rows, in order."""
+    e = tl.program_id(0)
+    f = tl.program_id(1) * W + tl.arange(0, W)
+    inside = f < width
+    first = tl.load(starts_ptr + e)
+    last = tl.load(ends_ptr + e)
+    total = tl.zeros([W], tl.float32)
+    for start in range(first, last, R):
+        r = start + tl.arange(0, R)
+        at = r.to(tl.int64)[:, None] * width + f[None, :]
+        m = (r < last)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(dh_ptr + at, mask=m, other=0).to(tl.float32), 0)
+    at = e.to(tl.int64) * width + f
+    tl.store(db_ptr + at, total.to(db_ptr.dtype.element_ty), mask=inside)
+
+
+def _spread_rows(
+    x: Tensor, place: Tensor, pairs: int, *, weight: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """rows (A, D), and <out, x> of each pair (T, E) float32; see `_spread`."""
+    tokens, width = x.shape
+    experts = place.size(1)
+    rows = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    dots = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    if not (tokens and pairs):
+        return rows, dots.zero_()
+    _spread[(tokens,)](
+        x, x if weight is None else weight, place, rows if out is None else out, rows, dots,
+        width, experts, W=triton.next_power_of_2(width), WEIGHTED=weight is not None,
+        DOT=out is not None,
+    )  # fmt: skip
+    return rows, dots
+
+
+def _collect_rows(rows: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+    tokens, experts = place.shape
+    y = torch.empty(tokens, rows.size(1), dtype=rows.dtype, device=rows.device)
+    if tokens:
+        _collect[(tokens,)](
+            rows, rows if weight is None else weight, place, y, rows.size(1), experts,
+            W=triton.next_power_of_2(rows.size(1)), WEIGHTED=weight is not None,
+        )  # fmt: skip
+    return y
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, pairs: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return _spread_rows(x.contiguous(), place, pairs)[0]
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _collect_rows(drows.contiguous(), place), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+        out, weight = out.contiguous(), weight.contiguous()
+        ctx.save_for_backward(out, weight, place)
+        return _collect_rows(out, place, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, weight, place = ctx.saved_tensors
+        dout, dots = _spread_rows(dy.contiguous(), place, len(out), weight=weight, out=out)
+        return dout, dots.to(weight.dtype), None
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        ctx.like = bias
+        y = torch.empty_like(h)
+        width = h.size(1)
+        tile = min(1024, triton.next_power_of_2(width))
+        if len(h):
+            _add_rows[(len(h), triton.cdiv(width, tile))](
+                h.contiguous(), bias.contiguous(), expert, y, width, W=tile
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (ends,) = ctx.saved_tensors
+        dy = dy.contiguous()
+        experts, width = ctx.like.shape
+        db = torch.empty_like(ctx.like)
+        tile = min(128, triton.next_power_of_2(width))
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        _sum_rows[(experts, triton.cdiv(width, tile))](dy, starts, ends, db, width, R=64, W=tile)
+        return dy, db, None, None
+
+
+def dispatch(x: Tensor, place: Tensor, pairs: int) -> Tensor:
+    """Rows in expert order: x (T, D), place (T, E) -> (A, D).
+
+    Args:
+        pairs: A; fewer than there are would write beyond the rows, so it must be exact.
+    """
+    return _Dispatch.apply(x, place, pairs)
+
+
+def expert_of_rows(ends: Tensor, pairs: int) -> Tensor:
+    """Expert of each row in expert order, (A,) int32, from the ends (E,) of their rows."""
+    rows = torch.arange(pairs, dtype=torch.int32, device=ends.device)
+    return torch.searchsorted(ends, rows, right=True, out_int32=True)
+
+
+def add_bias(h: Tensor, bias: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+    """h (A, F) + bias (E, F) of each row's expert; `ends` (E,) as `places` gives them."""
+    return _AddBias.apply(h, bias, expert, ends)
+
+
+def combine(out: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+    """y_t = sum over the pairs of t of weight * out: (A, D), (T, E), (T, E) -> (T, D)."""
+    return _Combine.apply(out, weight, place)

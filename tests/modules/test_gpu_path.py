@@ -1,0 +1,65 @@
+"""The MoE layer on the GPU's path: there on a GPU, here by Triton's interpreter."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from test_moe_layer import B, D, E, L, ids, layer
+
+from fairseq_evomoe.kernels import grouped_ffn_gpu
+from fairseq_evomoe.modules.plan import TokenBatch
+
+GATES = {
+    "dts soft": dict(moe_gate="dts", n=6, spawned=True, dts_noise="none"),
+    "dts hard": dict(moe_gate="dts", n=20, spawned=True, dts_noise="none"),
+    "dense": dict(moe_gate="dense", schedule=None),
+    "switch": dict(moe_gate="switch", schedule=None),
+    "switch, capacity": dict(moe_gate="switch", schedule=None, moe_capacity_factor=0.5),
+    "gshard": dict(moe_gate="gshard", schedule=None, moe_second_expert_policy="all"),
+    "topk": dict(moe_gate="topk", schedule=None, moe_top_k=3),
+    "base": dict(moe_gate="base", schedule=None),
+    "shared": dict(moe_gate="switch", schedule=None, moe_shared_expert=True),
+}
+
+
+def run(flags, device):
+    made = layer(**flags).to(device).train()
+    made.tokens = TokenBatch(ids([5, 3, 4]).to(device), 1)
+    torch.manual_seed(4)
+    x = torch.randn(L, B, D).to(device).requires_grad_()
+    direction = torch.randn(L, B, D).to(device)
+    plans = []
+    made.gate.register_forward_hook(lambda m, args, plan: plans.append(plan))
+    y = made(x)
+    y.backward(direction)
+    grads = [x.grad, *(p.grad for p in made.parameters())]
+    return plans[0], y.detach().cpu(), [None if g is None else g.cpu() for g in grads]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_same_as_on_a_cpu(name, monkeypatch):
+    """Every kind of plan: output and all gradients equal those of torch's path."""
+    monkeypatch.setenv("EVOMOE_BACKEND", "torch")
+    _, want, want_grads = run(GATES[name], DEVICE)
+    monkeypatch.delenv("EVOMOE_BACKEND")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(grouped_ffn_gpu, "why_not", lambda *args: "")
+    served = []
+    real = grouped_ffn_gpu.sparse_ffn
+    spy = lambda *args, **kw: served.append(kw["pairs"]) or real(*args, **kw)
+    monkeypatch.setattr(grouped_ffn_gpu, "sparse_ffn", spy)
+    plan, have, grads = run(GATES[name], DEVICE)
+    expected = int(plan.active.sum()) + len(plan.active) * ("shared" in name)
+    assert served == [expected]
+    assert torch.allclose(have, want, atol=1e-5)
+    for a, b in zip(grads, want_grads, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-4))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_fixed_number_of_experts_is_what_it_says(name):
+    """`per_token` is the number of every token's active experts, or None where that varies."""
+    plan, *_ = run(GATES[name], "cpu")
+    varies = {"dts soft", "switch, capacity", "gshard"}
+    assert (plan.per_token is None) == (name in varies)
+    if plan.per_token is not None:
+        assert (plan.active.sum(1) == plan.per_token).all() and plan.per_token <= E

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import queue
+import shutil
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from collections import defaultdict
 import numpy as np
 import omegaconf
 import torch
-from fairseq import optim, options
+from fairseq import file_io, optim, options
 from fairseq.data import data_utils, iterators, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
@@ -55,6 +56,7 @@ def mend() -> None:
     keep_numpy_compat()
     own_weight_decay()
     average_weights_alone()
+    copy_checkpoints_whole()
     atexit.register(stop_loading_batches)
     shorten_progress_bar()
     for text in _NOISE:
@@ -200,6 +202,26 @@ def keep_numpy_compat() -> None:
 
     for module in (token_block_dataset, language_pair_dataset):
         module.np = NumPy()
+
+
+def copy_checkpoints_whole() -> None:
+    """fairseq names a checkpoint `last` and `best` by copying it over the old file of that name.
+
+    A run killed meanwhile leaves a cut-off `checkpoint_last.pt`, which no restart can read. Here a
+    copy gets its name when it is whole, as fairseq does with what it saves.
+    """
+
+    def make(original: typing.Callable) -> typing.Callable:
+        def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+            if file_io.PathManager.path_requires_pathmanager(dst_path):
+                return original(src_path, dst_path, overwrite=overwrite)
+            shutil.copyfile(src_path, f"{dst_path}.tmp")
+            os.replace(f"{dst_path}.tmp", dst_path)
+            return True
+
+        return copy
+
+    _wrap(file_io.PathManager, "copy", make)
 
 
 def own_weight_decay() -> None:

@@ -19,12 +19,13 @@ import time
 import types
 import typing
 import warnings
+import zipfile
 from collections import defaultdict
 
 import numpy as np
 import omegaconf
 import torch
-from fairseq import file_io, optim, options
+from fairseq import checkpoint_utils, file_io, optim, options
 from fairseq.data import data_utils, iterators, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
@@ -57,6 +58,7 @@ def mend() -> None:
     own_weight_decay()
     average_weights_alone()
     copy_checkpoints_whole()
+    name_damaged_checkpoints()
     atexit.register(stop_loading_batches)
     shorten_progress_bar()
     for text in _NOISE:
@@ -222,6 +224,29 @@ def copy_checkpoints_whole() -> None:
         return copy
 
     _wrap(file_io.PathManager, "copy", make)
+
+
+def name_damaged_checkpoints() -> None:
+    """torch does not say which file it could not read, nor fairseq what to do about it."""
+
+    def make(original: typing.Callable) -> typing.Callable:
+        def load_checkpoint_to_cpu(
+            path: str, *args: typing.Any, **kwargs: typing.Any
+        ) -> typing.Any:
+            try:
+                return original(path, *args, **kwargs)
+            except Exception as error:
+                # a whole checkpoint is a zip archive
+                if not os.path.isfile(path) or zipfile.is_zipfile(path):
+                    raise
+                raise ValueError(
+                    f"{path} is damaged, or no checkpoint: give an earlier one of its folder with "
+                    "--restore-file (or --path)"
+                ) from error
+
+        return load_checkpoint_to_cpu
+
+    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", make)
 
 
 def own_weight_decay() -> None:

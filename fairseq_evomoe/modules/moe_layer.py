@@ -114,6 +114,23 @@ class EvoMoELayer(RecordingLayer):
         clock = Clock(Stage(int(stage)), temperature)
         self.restore(int(num_updates), clock, spawned=bool(spawned))
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """torch's hook, to say in our words what does not fit. args[-1]: its list of errors."""
+        part, own = next(iter(self.experts.named_parameters()))
+        saved = state_dict.get(f"{prefix}experts.{part}")
+        if saved is None:
+            args[-1].append(
+                f"{self.name}: the checkpoint has no such experts; evomoe-upcycle makes them from "
+                "a dense one, --moe-freq and --expert-type say which layers have which"
+            )
+        elif saved.size(0) != own.size(0):
+            shared = int(self.cfg.moe_shared_expert)
+            args[-1].append(
+                f"{self.name}: the checkpoint has {saved.size(0) - shared} experts; give "
+                f"--moe-expert-count {saved.size(0) - shared}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def restore(self, num_updates: int, clock: Clock, *, spawned: bool) -> None:
         """Stand where a checkpoint says: `clock` holds unless a schedule is followed."""
         self.num_updates, self.spawned, self._saved = num_updates, spawned, clock

@@ -23,9 +23,11 @@ from fairseq.optim import build_optimizer  # noqa: E402
 from gates import GATES, TASKS, USER_DIR, flags_of, prepare  # noqa: E402
 from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
 
+from fairseq_evomoe.tools.cost import costs, total  # noqa: E402
+
 FIELDS = (
-    "task gate tokens_per_s ratio_to_dense_p50 ratio_p20 ratio_p80 parameters experts rounds "
-    "threads device torch date"
+    "task gate tokens_per_s ratio_to_dense_p50 ratio_p20 ratio_p80 parameters mmacs_per_token "
+    "experts rounds threads device torch date"
 ).split()
 
 
@@ -55,6 +57,10 @@ class Run:
                 if hasattr(module.gate, "freeze"):
                     module.gate.freeze()
         self.model.set_num_updates(10**6)
+        # in evaluation, of the last stage, over half a sample of context
+        hidden = dict.fromkeys(("encoder", "decoder"), 512)
+        context = 64 if task_name == "lm" else 8
+        self.macs = total(list(costs(self.model, context=context, hidden=hidden)))["total"]["macs"]
         self.task.load_dataset("train")
         batches = self.task.get_batch_iterator(
             self.task.dataset("train"), max_tokens=cfg.dataset.max_tokens, seed=1
@@ -97,6 +103,7 @@ def main() -> None:
                 "tokens_per_s": round(1e3 * run.tokens / milliseconds(times[gate])),
                 **{k.replace("o_p50", "o_to_dense_p50"): v for k, v in speed.items()},
                 "parameters": run.parameters,
+                "mmacs_per_token": round(run.macs / 1e6, 3),
                 "experts": TASKS[args.task]["experts"],
                 "rounds": args.rounds,
                 **machine(),

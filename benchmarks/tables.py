@@ -1,16 +1,21 @@
-"""Markdown tables from benchmarks/results/gates.csv and gate_speed.csv, as README and recipes have.
+"""Markdown tables from the rows in benchmarks/results/, as README and recipes have them.
 
-python benchmarks/tables.py            one line a gate: means over seeds, and their spread
-python benchmarks/tables.py --sweep    one line a variation of EvoMoE, against its defaults
+python benchmarks/tables.py             one line a gate: means over seeds, half their range
+python benchmarks/tables.py sweep       one line a variation of EvoMoE, against its defaults
+python benchmarks/tables.py look-ups    one line a way of putting look-ups into a model
+python benchmarks/tables.py --write     all of them into the pages
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+TITLES = {"multi30k": "Translation", "lm": "Language model"}
 NAMES = {
     "dense": "dense FFN",
     "mixture": "dense mixture (all experts)",
@@ -25,6 +30,18 @@ NAMES = {
     "dts": "DTS, independent experts",
     "evomoe": "EvoMoE (diversify + DTS)",
 }
+
+LOOK_UPS = {
+    "dense": "dense",
+    "dense_pre": "dense",
+    "memoryformer": "MemoryFormer (`prob`)",
+    "memoryformer_abs": "MemoryFormer (`abs_prob`)",
+    "memory_out": "MemoryFormer, dense output projection",
+    "memory_ffn": "hybrid: look-ups for all FFNs",
+    "memory_half": "hybrid: for the FFN of every second layer",
+    "memory_experts": "memory experts, DTS gate, 6 bits",
+}
+"""Look-ups stand before norms; so does the dense model beside them (in the language model, all)."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -81,6 +98,30 @@ def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) ->
         print(line(cells))
 
 
+def look_ups(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) -> None:
+    timed = {(r["task"], r["gate"]): r for r in speed}
+    scored = task == "multi30k"
+    head = ["model", "seeds", "valid NLL, bits", "test2016 BLEU" if scored else "test NLL, bits"]
+    head += ["parameters, M", "MMAC/token", "training, tokens/s (of dense)"]
+    print(line(head) + "\n" + line(["---"] * len(head)))
+    found = defaultdict(list)
+    for row in rows:
+        if row["task"] == task and not row["label"]:
+            found[row["gate"]].append(row)
+    for gate, name in LOOK_UPS.items():
+        mine = found.get(gate)
+        if not mine or (scored and gate == "dense"):
+            continue
+        key, digits = ("bleu", 2) if scored else ("test_nll_bits", 3)
+        cells = [name, str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3)]
+        cells += [spread(numbers(mine, key), digits)]
+        cost = timed.get((task, gate))
+        if cost:
+            cells += [f"{int(cost['parameters']) / 1e6:.1f}", cost["mmacs_per_token"]]
+            cells += [f"{cost['tokens_per_s']} ({float(cost['ratio_to_dense_p50']):.2f})"]
+        print(line(cells))
+
+
 def sweep(rows: list[dict[str, str]], task: str) -> None:
     by_label = defaultdict(list)
     for row in rows:
@@ -96,22 +137,52 @@ def sweep(rows: list[dict[str, str]], task: str) -> None:
         print(line(cells))
 
 
+def tables(kind: str, *, titles: bool) -> str:
+    """The tables of a kind, one a task, translation first."""
+    rows = read(RESULTS / "gates.csv")
+    speed = read(RESULTS / "gate_speed.csv")
+    out = []
+    for task, title in TITLES.items():
+        made = io.StringIO()
+        with contextlib.redirect_stdout(made):
+            if kind == "sweep":
+                sweep(rows, task)
+            else:
+                (look_ups if kind == "look-ups" else gates)(rows, speed, task)
+        head = f"**{title}**\n\n" if titles else ""
+        out.append(head + made.getvalue())
+    return "\n".join(out)
+
+
+def fill(path: Path, marker: str, text: str) -> None:
+    """Put a text between `<!-- marker -->` and `<!-- end of marker -->` of a page."""
+    start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+    page = path.read_text(encoding="utf-8")
+    head, _, rest = page.partition(start)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path} has no place for {marker}")
+    path.write_text(head + start + text + end + tail, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "gates.csv")
+    parser.add_argument("kind", nargs="?", choices=("gates", "sweep", "look-ups"), default="gates")
+    parser.add_argument("--write", action="store_true", help="bring all pages up to date")
     args = parser.parse_args()
-    rows = read(args.csv)
-    path = RESULTS / "gate_speed.csv"
-    speed = read(path) if path.exists() else []
-    for task in dict.fromkeys(r["task"] for r in rows):
-        print(f"\n{task}\n")
-        if args.sweep:
-            sweep(rows, task)
-        else:
-            gates(rows, speed, task)
+    if not args.write:
+        print(tables(args.kind, titles=True))
+        return
+    root = RESULTS.parent.parent
+    fill(root / "README.md", "gates", tables("gates", titles=False))
+    for marker, page in (
+        ("gates", "choosing_a_gate"),
+        ("sweep", "choosing_a_gate"),
+        ("look-ups", "look_up_layers"),
+    ):
+        fill(root / f"recipes/{page}.md", marker, tables(marker, titles=True))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {"multi30k": "Translation", "lm": "Language model"}
+RESULT = {
+    "multi30k": (("seeds", "valid NLL, bits", "test2016 BLEU"), "bleu", 2),
+    "lm": (("seeds", "valid NLL, bits", "test NLL, bits"), "test_nll_bits", 3),
+}
+"""Task -> heads of the columns that `results` fills, what the test column shows, its digits."""
 NAMES = {
     "dense": "dense FFN",
     "mixture": "dense mixture (all experts)",
@@ -67,31 +72,40 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) -> None:
-    per_second = {(r["task"], r["gate"]): r for r in speed}
-    scored = task == "multi30k"
-    head = ["gate", "seeds", "valid NLL, bits", "test2016 BLEU" if scored else "test NLL, bits"]
-    head += ["active experts", "load max/mean", "dead experts", "training, tokens/s (of dense)"]
-    print(line(head) + "\n" + line(["---"] * len(head)))
+def by_gate(rows: list[dict[str, str]], task: str) -> dict[str, list[dict[str, str]]]:
+    """Rows of a task with no flags of their own, by gate."""
     found = defaultdict(list)
     for row in rows:
         if row["task"] == task and not row["label"]:
             found[row["gate"]].append(row)
+    return found
+
+
+def results(mine: list[dict[str, str]], task: str) -> list[str]:
+    """Cells for seeds, validation, and the test of a task."""
+    _, key, digits = RESULT[task]
+    valid = spread(numbers(mine, "valid_nll_bits"), 3)
+    return [str(len(mine)), valid, spread(numbers(mine, key), digits)]
+
+
+def pace(timed: dict[str, str]) -> str:
+    return f"{timed['tokens_per_s']} ({float(timed['ratio_to_dense_p50']):.2f})"
+
+
+def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) -> None:
+    per_second = {(r["task"], r["gate"]): r for r in speed}
+    head = ["gate", *RESULT[task][0]]
+    head += ["active experts", "load max/mean", "dead experts", "training, tokens/s (of dense)"]
+    print(line(head) + "\n" + line(["---"] * len(head)))
+    found = by_gate(rows, task)
     for gate, name in NAMES.items():
         mine = found.get(gate)
         if not mine:
             continue
         # what starts from one expert or from many ends alike
         timed = per_second.get((task, {"dts": "evomoe", "switch_evo": "switch"}.get(gate, gate)))
-        rate = "-"
-        if timed:
-            rate = f"{timed['tokens_per_s']} ({float(timed['ratio_to_dense_p50']):.2f})"
-        result = (
-            spread(numbers(mine, "bleu"), 2)
-            if scored
-            else spread(numbers(mine, "test_nll_bits"), 3)
-        )
-        cells = [name, str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3), result]
+        rate = pace(timed) if timed else "-"
+        cells = [name, *results(mine, task)]
         cells += [spread(numbers(mine, "active_experts")[:1], 0)]
         cells += [spread(numbers(mine, "load_max_mean"), 2)]
         cells += [f"{statistics.mean(numbers(mine, 'dead_experts') or [0]):.1%}", rate]
@@ -100,25 +114,19 @@ def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) ->
 
 def look_ups(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) -> None:
     timed = {(r["task"], r["gate"]): r for r in speed}
-    scored = task == "multi30k"
-    head = ["model", "seeds", "valid NLL, bits", "test2016 BLEU" if scored else "test NLL, bits"]
+    head = ["model", *RESULT[task][0]]
     head += ["parameters, M", "MMAC/token", "training, tokens/s (of dense)"]
     print(line(head) + "\n" + line(["---"] * len(head)))
-    found = defaultdict(list)
-    for row in rows:
-        if row["task"] == task and not row["label"]:
-            found[row["gate"]].append(row)
+    found = by_gate(rows, task)
     for gate, name in LOOK_UPS.items():
         mine = found.get(gate)
-        if not mine or (scored and gate == "dense"):
+        if not mine or (task, gate) == ("multi30k", "dense"):
             continue
-        key, digits = ("bleu", 2) if scored else ("test_nll_bits", 3)
-        cells = [name, str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3)]
-        cells += [spread(numbers(mine, key), digits)]
+        cells = [name, *results(mine, task)]
         cost = timed.get((task, gate))
         if cost:
             cells += [f"{int(cost['parameters']) / 1e6:.1f}", cost["mmacs_per_token"]]
-            cells += [f"{cost['tokens_per_s']} ({float(cost['ratio_to_dense_p50']):.2f})"]
+            cells += [pace(cost)]
         print(line(cells))
 
 

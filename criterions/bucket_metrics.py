@@ -11,6 +11,7 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import Meter
 from torch import Tensor
 
+from fairseq_evomoe.criterions.logs import summed
 from fairseq_evomoe.modules.buckets import usage
 from fairseq_evomoe.modules.memory_layer import MemoryLayer
 
@@ -70,11 +71,9 @@ def log_buckets(logs: Sequence[Mapping[str, Any]]) -> None:
     if not logs:
         return
 
-    def total(key: str) -> Tensor:
-        return torch.stack([torch.as_tensor(log[key]).double().cpu() for log in logs]).sum(0)
-
-    metrics.log_custom(_Total, _HITS, total("memory_hits"))
-    metrics.log_custom(_Latest, _SHAPES, total("memory_shapes") / total("memory_batches"))
+    shapes = summed(logs, "memory_shapes") / summed(logs, "memory_batches")
+    metrics.log_custom(_Total, _HITS, summed(logs, "memory_hits"))
+    metrics.log_custom(_Latest, _SHAPES, shapes)
     for place, (key, statistic) in enumerate(
         {
             "memory_bit_imbalance": lambda u: torch.cat([x["bit_imbalance"].flatten() for x in u]),

@@ -3,6 +3,7 @@
 Letters: R MoE layers, E experts.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fairseq_evomoe.compat import DETAIL
 from fairseq_evomoe.criterions.bucket_metrics import count, log_buckets
+from fairseq_evomoe.criterions.logs import summed
 from fairseq_evomoe.modules.buckets import counting
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, recording
 from fairseq_evomoe.schedule import Stage
@@ -196,9 +198,7 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
     if not logs or not batches:
         return
 
-    def total(key: str) -> Tensor:
-        return torch.stack([torch.as_tensor(log[key]).double().cpu() for log in logs]).sum(0)
-
+    total = functools.partial(summed, logs)
     tokens, load = total("moe_tokens"), total("moe_load")
     if not tokens.sum():
         return

@@ -16,6 +16,17 @@ def always() -> str:
     return ""
 
 
+def without_triton(device: str) -> str:
+    """Why Triton's kernels cannot serve a device of this type; "" where they can."""
+    if device != "cuda":
+        return f"it runs on CUDA devices, not on {device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
 def choose(**reason: Callable[[], str]) -> str:
     """Name of the implementation to call, the fastest that can.
 

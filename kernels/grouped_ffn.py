@@ -19,6 +19,15 @@ DENSE_FROM = 0.97
 """Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
 
 
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device in the dtype of autocast, where that is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
+
+
 def moe_ffn(
     x: Tensor,
     w1: Tensor,
@@ -47,10 +56,7 @@ def moe_ffn(
     Returns:
         (T, D), dtype of `x`, or of autocast.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, w1, b1, w2, b2 = (t.to(dtype) for t in (x, w1, b1, w2, b2))
+    x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
     name = backend.choose(
         triton=lambda: grouped_ffn_gpu.why_not(x, w1),
         torch=backend.always,
@@ -59,7 +65,7 @@ def moe_ffn(
     tokens, experts = active.shape
     if name == "triton":
         pairs = int(active.sum()) if per_token is None else per_token * tokens
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return grouped_ffn_gpu.sparse_ffn(
                 x,
                 *(w1, b1, w2, b2),
@@ -125,11 +131,8 @@ def grouped_ffn(
     name = backend.choose(torch=backend.always, reference=backend.always)
     op: Callable[..., Tensor] = _torch_grouped_ffn if name == "torch" else reference.grouped_ffn
     kwargs = dict(weight=weight, token=token, counts=counts, activation=activation, dropout=dropout)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, w1, b1, w2, b2 = (t.to(dtype) for t in (x, w1, b1, w2, b2))
-    with torch.autocast(device, enabled=False):
+    x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
+    with torch.autocast(x.device.type, enabled=False):
         return op(x, w1, b1, w2, b2, **kwargs)
 
 

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_evomoe.kernels import backend
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not(x: Tensor, w1: Tensor) -> str:
     """What keeps this path from serving a call; "" where nothing does."""
-    if x.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {x.device.type}"
+    why = backend.without_triton(x.device.type)
+    if why:
+        return why
     if x.dtype not in DTYPES:
         return f"it has no {x.dtype}"
     if not hasattr(F, "grouped_mm"):
@@ -23,10 +26,6 @@ def why_not(x: Tensor, w1: Tensor) -> str:
     lanes = 16 // x.element_size()
     if any(n % lanes for n in w1.shape[1:]):
         return f"widths {tuple(w1.shape[1:])} are not multiples of {lanes}"
-    try:
-        from fairseq_evomoe.kernels import dispatch_triton  # noqa: F401
-    except ImportError as error:
-        return str(error)
     return ""
 
 

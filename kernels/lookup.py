@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairseq_evomoe.kernels import backend, lookup_cpu, reference
-
-SCORES = ("prob", "abs_prob", "l1")
+from fairseq_evomoe.kernels.reference import SCORES
 
 
 def lookup(
@@ -80,12 +79,11 @@ def lookup(
 
 def _without_triton(z: Tensor, tables: Tensor) -> str:
     """Why the Triton kernel cannot serve; imported only where there is a device for it."""
-    if z.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {z.device.type}"
-    try:
-        from fairseq_evomoe.kernels import lookup_triton
-    except ImportError as error:
-        return str(error)
+    why = backend.without_triton(z.device.type)
+    if why:
+        return why
+    from fairseq_evomoe.kernels import lookup_triton
+
     return lookup_triton.why_not(z, tables)
 
 
@@ -112,6 +110,12 @@ def codes(z: Tensor) -> Tensor:
     """Row of each table, sum_i [z_i >= 0] 2^i: (B, K, t) -> (B, K) int64."""
     places = 2 ** torch.arange(z.size(-1), device=z.device)
     return ((z >= 0) * places).sum(-1)
+
+
+def patterns(bits: int, device: torch.device | None = None) -> Tensor:
+    """The bits of every row's number, as `codes` packs them: (2^t, t) int64, lowest first."""
+    rows = torch.arange(2**bits, device=device)
+    return (rows[:, None] >> torch.arange(bits, device=device)) & 1
 
 
 def weigh(z: Tensor, score: str, temperature: float) -> Tensor:

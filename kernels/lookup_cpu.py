@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import native
+from fairseq_evomoe.kernels.reference import SCORES
 
-SCORES = {"prob": 0, "abs_prob": 1, "l1": 2}
 ISAS = ("portable", "avx2", "avx512")
 TABLES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -78,7 +78,14 @@ def lookup(
 ) -> Tensor:
     """See `lookup.lookup`."""
     wide = z if z.dtype == torch.float32 else z.float()
-    args = (wide.contiguous(), tables.contiguous(), row_scale, SCORES[score], temperature, isa())
+    args = (
+        wide.contiguous(),
+        tables.contiguous(),
+        row_scale,
+        SCORES.index(score),
+        temperature,
+        isa(),
+    )
     ops = torch.ops.evomoe
     if torch.is_grad_enabled() and (z.requires_grad or tables.requires_grad):
         y = ops.lookup_cpu.default(*args)[0]

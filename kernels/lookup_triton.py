@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCORES = {"prob": 0, "abs_prob": 1, "l1": 2}
+from fairseq_evomoe.kernels.reference import SCORES
+
 TABLES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -174,7 +175,7 @@ def forward(
         _forward[(rows, tiles, parts)](
             z, tables, tables if row_scale is None else row_scale, y, code, p,
             rows, count, height, width, bits, 2 / temperature, -(-count // parts),
-            SCORE=SCORES[score], T=triton.next_power_of_2(bits), W=tile,
+            SCORE=SCORES.index(score), T=triton.next_power_of_2(bits), W=tile,
             SCALED=row_scale is not None, SAVE=save,
         )  # fmt: skip
     return (y[0] if parts == 1 else y.sum(0).to(z.dtype)), code, p
@@ -202,7 +203,7 @@ def backward(
         if rows:
             _backward_z[(rows, count)](
                 z, tables, dy, dz, count, height, width, bits, 2 / temperature,
-                SCORE=SCORES[score], T=triton.next_power_of_2(bits), W=tile,
+                SCORE=SCORES.index(score), T=triton.next_power_of_2(bits), W=tile,
             )  # fmt: skip
     if need_t:
         dt = torch.empty_like(tables)

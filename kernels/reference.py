@@ -58,6 +58,10 @@ def grouped_ffn(
     return y
 
 
+SCORES = ("prob", "abs_prob", "l1")
+"""Scores of look-ups; kernels know them by their place here."""
+
+
 def lookup(z: Tensor, tables: Tensor, *, score: str, temperature: float = 1.0) -> Tensor:
     """y_b = sum_k p(z_bk) T_k[code(z_bk)], table after table; see `lookup.lookup`."""
     wide = z if z.dtype == torch.float64 else z.float()

@@ -6,9 +6,9 @@ Letters: K tables, N rows a table.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from fairseq_evomoe.kernels.lookup import patterns
 from fairseq_evomoe.modules.memory_layer import MemoryLayer
 
 
@@ -21,8 +21,7 @@ def usage(hits: Tensor) -> dict[str, Tensor]:
     """
     hits = hits.double()
     rows = hits.size(1)
-    places = torch.arange(rows.bit_length() - 1, device=hits.device)
-    bits = ((torch.arange(rows, device=hits.device)[:, None] >> places) & 1).double()
+    bits = patterns(rows.bit_length() - 1, hits.device).double()
     total = hits.sum(1, keepdim=True).clamp_min(1)
     return {
         "bit_imbalance": (2 * (hits @ bits) / total - 1).abs(),

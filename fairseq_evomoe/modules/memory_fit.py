@@ -6,7 +6,7 @@ Letters: B samples, D input width, H output width, K tables, t bits a table, N =
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels.lookup import codes, linear_gain, weigh
+from fairseq_evomoe.kernels.lookup import codes, linear_gain, patterns, weigh
 from fairseq_evomoe.modules.memory_layer import MemoryLayer
 
 
@@ -25,9 +25,7 @@ def linear_tables(layer: MemoryLayer, weight: Tensor) -> Tensor:
     missing = layer.count * layer.bits - layer.width
     wide = torch.nn.functional.pad(weight.detach().float(), (0, missing))
     split = wide.view(-1, layer.count, layer.bits)
-    rows = torch.arange(2**layer.bits, device=weight.device)
-    places = torch.arange(layer.bits, device=weight.device)
-    signs = ((rows[:, None] >> places) & 1) * 2.0 - 1
+    signs = patterns(layer.bits, weight.device) * 2.0 - 1
     gain = linear_gain(layer.score, layer.bits, layer.temperature)
     return gain * torch.einsum("nt,hkt->knh", signs, split)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MemoryConfig
-from fairseq_evomoe.kernels.lookup import codes, lookup, quantise, score_moment
+from fairseq_evomoe.kernels.lookup import codes, lookup, patterns, quantise, score_moment
 from fairseq_evomoe.kernels.pages import large_pages
 
 
@@ -147,9 +147,7 @@ def load_official(layer: MemoryLayer, tables: Tensor, bias: Tensor | None = None
             f"tables {tuple(tables.shape)} do not fit {tuple(layer.tables.shape)}: --memory-bits "
             "or the widths differ"
         )
-    rows = torch.arange(layer.tables.size(1))
-    places = torch.arange(layer.bits)
-    reversed_rows = (((rows[:, None] >> places) & 1) << places.flip(0)).sum(-1)
+    reversed_rows = (patterns(layer.bits) << torch.arange(layer.bits).flip(0)).sum(-1)
     stacked = tables.view(layer.tables.shape)
     layer.tables.copy_(stacked[:, reversed_rows] / layer.scale)
     if layer.bias is not None:

@@ -50,11 +50,10 @@ def _directions(ffn: MemoryFFN, generator: torch.Generator) -> None:
     first, bits = ffn.first, ffn.second.bits
     width = first.tables.size(2)
     weight = torch.randn(width, first.width, generator=generator) / first.width**0.5
-    for at in range(first.width):
-        table, place = divmod(at, first.bits)
-        row = table * bits + place
-        weight[row] = 0
-        weight[row, at] = 1
+    at = torch.arange(first.width)
+    row = at // first.bits * bits + at % first.bits
+    weight[row] = 0
+    weight[row, at] = 1
     first.tables.copy_(linear_tables(first, weight) / first.scale)
 
 

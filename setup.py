@@ -34,6 +34,7 @@ setup(
         "fairseq_evomoe.models",
         "fairseq_evomoe.modules",
         "fairseq_evomoe.modules.gates",
+        "fairseq_evomoe.parallel",
         "fairseq_evomoe.tasks",
         "fairseq_evomoe.tools",
     ],

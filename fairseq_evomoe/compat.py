@@ -90,7 +90,7 @@ def allow_config_classes_in_checkpoints() -> None:
     )
 
 
-def _wrap(owner: typing.Any, name: str, make: typing.Callable) -> None:
+def wrap(owner: typing.Any, name: str, make: typing.Callable) -> None:
     """Put make(original) in the place of `owner.name`, unless that has been done before."""
     original = getattr(owner, name)
     if getattr(original, _MARK, False):
@@ -115,7 +115,7 @@ def keep_bf16_off_tpu() -> None:
 
         return parse_args_and_arch
 
-    _wrap(options, "parse_args_and_arch", make)
+    wrap(options, "parse_args_and_arch", make)
 
 
 def start_cpu_workers() -> None:
@@ -159,7 +159,7 @@ def start_cpu_workers() -> None:
 
         return call_main
 
-    _wrap(distributed_utils, "call_main", make)
+    wrap(distributed_utils, "call_main", make)
 
 
 def _free_port() -> int:
@@ -188,7 +188,7 @@ def keep_last_batch() -> None:
 
         return batch_by_size
 
-    _wrap(data_utils, "batch_by_size", make)
+    wrap(data_utils, "batch_by_size", make)
 
 
 def keep_numpy_compat() -> None:
@@ -223,7 +223,7 @@ def copy_checkpoints_whole() -> None:
 
         return copy
 
-    _wrap(file_io.PathManager, "copy", make)
+    wrap(file_io.PathManager, "copy", make)
 
 
 def name_damaged_checkpoints() -> None:
@@ -246,7 +246,7 @@ def name_damaged_checkpoints() -> None:
 
         return load_checkpoint_to_cpu
 
-    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", make)
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", make)
 
 
 def own_weight_decay() -> None:
@@ -274,7 +274,7 @@ def own_weight_decay() -> None:
 
         return build_optimizer
 
-    _wrap(optim, "build_optimizer", make)
+    wrap(optim, "build_optimizer", make)
 
 
 def average_weights_alone() -> None:
@@ -291,7 +291,7 @@ def average_weights_alone() -> None:
 
         return __init__
 
-    _wrap(ema.EMA, "__init__", make)
+    wrap(ema.EMA, "__init__", make)
 
 
 def _is_floating(value: typing.Any) -> bool:
@@ -324,4 +324,4 @@ def shorten_progress_bar() -> None:
 
         return _format_stats
 
-    _wrap(progress_bar.BaseProgressBar, "_format_stats", make)
+    wrap(progress_bar.BaseProgressBar, "_format_stats", make)

@@ -325,6 +325,20 @@ class EvolutionConfig(SplitConfig):
         "stable: update from which the distilled router is frozen and routes; -1: a tenth of "
         "--max-update after the split; 0: never",
     )
+    expert_parallel: bool = option(
+        False, "share the experts of each layer out over the workers, instead of all on each"
+    )
+    expert_parallel_size: int = option(
+        0,
+        "workers that share them out among them, neighbours; further groups of so many hold copies; "
+        "0: the largest number that divides the workers and --moe-expert-count",
+    )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
     ddp_backend: str = II("distributed_training.ddp_backend")
+    zero_sharding: str = II("distributed_training.zero_sharding")
+    use_bmuf: bool = II("optimization.use_bmuf")
+    amp: bool = II("common.amp")
+    fp16: bool = II("common.fp16")
+    fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")

@@ -10,15 +10,16 @@ PACKAGE = "fairseq_evomoe"
 FOLDERS = {
     "kernels": ROOT / "kernels",
     "criterions": ROOT / "criterions",
-    **{n: ROOT / PACKAGE / n for n in ("modules", "models", "tasks", "tools")},
+    **{n: ROOT / PACKAGE / n for n in ("modules", "models", "parallel", "tasks", "tools")},
 }
 LEAVES = {"config", "schedule", "compat"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "modules": {"kernels", "modules", "config", "schedule"},
+    "parallel": {"parallel", "compat"},
+    "modules": {"kernels", "parallel", "modules", "config", "schedule"},
     "models": {"modules", "models", "config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
-    "tasks": {"modules", "tasks", "config", "schedule"},
+    "tasks": {"modules", "parallel", "tasks", "config", "schedule"},
     "tools": {"kernels", "models", "modules", "tools", "config", "schedule", "compat"},
     "config": set(),
     "schedule": set(),

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.kernels.grouped_ffn import moe_ffn
 from fairseq_evomoe.modules.plan import RoutingPlan
+from fairseq_evomoe.parallel.exchange import exchange
+from fairseq_evomoe.parallel.mesh import Share
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Bank(nn.Module):
     parts: ClassVar[Mapping[str, Part]]
     silence: ClassVar[str]
     shared: bool
+    share: Share | None = None
+    """Which of the experts this worker holds; None: all. Before the split its first one is the
+    base expert, whichever it will be."""
 
     @property
     def hidden(self) -> int:
@@ -50,8 +55,20 @@ class Bank(nn.Module):
 
     @property
     def count(self) -> int:
-        """E."""
+        """E, or the number of experts that this worker holds."""
         return next(self.parameters()).size(0)
+
+    @property
+    def slots(self) -> list[int]:
+        """Which expert each entry of the stacked parameters is."""
+        return list(range(self.count)) if self.share is None else self.share.slots
+
+    def keep(self, share: Share) -> None:
+        """Give up the experts that other workers hold."""
+        self.share = share
+        for p in self.parameters():
+            p.data = share.local(p.data, split=True)
+            p.expert = share  # type: ignore[attr-defined]
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """One expert alone, on x (..., D)."""
@@ -61,13 +78,45 @@ class Bank(nn.Module):
         """The base expert alone, on x (..., D): what the layer without experts computes."""
         return self.one(0, x)
 
-    def routed(self, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-        """Active pairs and their weights over all E experts, (T, E) both."""
-        active, weights = plan.active, plan.weights
+    def compute(
+        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+    ) -> Tensor:
+        """sum_e weight_te FFN_e(x_t) over active pairs, of the experts that this worker holds.
+
+        Args:
+            x: (T, D). active, weights: (T, count) bool and float.
+            per_token: active experts of every token where that number is fixed.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
+        active, weights, per_token = plan.active, plan.weights, plan.per_token
+        if self.share is not None:
+            return self._forward_shared_out(x, active, weights, self.share)
         if self.shared:
-            active = torch.cat([torch.ones_like(active[:, :1]), active], 1)
-            weights = torch.cat([torch.full_like(weights[:, :1], 0.5), weights * 0.5], 1)
-        return active, weights
+            active, weights = self._beside_shared(active, weights * 0.5, 0.5)
+            per_token = None if per_token is None else per_token + 1
+        return self.compute(x, active, weights, per_token)
+
+    @staticmethod
+    def _beside_shared(active: Tensor, weights: Tensor, shared: float) -> tuple[Tensor, Tensor]:
+        """The same with a first column for the shared expert, of one weight for all tokens."""
+        column = torch.full_like(weights[:, :1], shared)
+        on = torch.full_like(active[:, :1], shared > 0)
+        return torch.cat([on, active], 1), torch.cat([column, weights], 1)
+
+    def _forward_shared_out(
+        self, x: Tensor, active: Tensor, weights: Tensor, share: Share
+    ) -> Tensor:
+        if not self.shared:
+            return exchange(x, weights, active, share, self.compute)
+
+        def compute(rows: Tensor, active: Tensor, weights: Tensor) -> Tensor:
+            return self.compute(rows, *self._beside_shared(active, weights, 0.0))
+
+        # every worker computes the shared expert for its own tokens
+        return self.one(0, x) * 0.5 + exchange(x, weights * 0.5, active, share, compute)
 
 
 class ExpertBank(Bank):
@@ -122,14 +171,28 @@ class ExpertBank(Bank):
         self.b2 = stack(fc2.bias, fc2.in_features)
 
     @torch.no_grad()
-    def reset_normal_(self, std: float, generator: torch.Generator) -> None:
+    def reset_normal_(self, std: float, generator: torch.Generator) -> dict[str, Tensor]:
         """BERT's initial weights: N(0, std), biases 0. Expert 0 draws from the global stream, w1
-        before w2, as the dense layer does; the others from `generator`."""
-        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
-            weight[0].normal_(0, std)
-            for e in range(1, weight.size(0)):
-                weight[e].copy_(torch.randn(weight[e].shape, generator=generator) * std)
-            bias.zero_()
+        before w2, as the dense layer does; the others from `generator`.
+
+        Returns:
+            the base expert's parameters, which this worker need not hold.
+        """
+        base = {}
+        slots = self.slots
+        total = len(slots) if self.share is None else self.share.total
+        for name, stacked in self.named_parameters():
+            for e in range(total if stacked.dim() > 2 else 0):
+                if e == 0:
+                    new = base[name] = torch.empty_like(stacked[0]).normal_(0, std)
+                else:
+                    new = torch.randn(stacked[0].shape, generator=generator) * std
+                if e in slots:
+                    stacked[slots.index(e)].copy_(new)
+            if stacked.dim() == 2:
+                stacked.zero_()
+                base[name] = torch.zeros_like(stacked[0])
+        return base
 
     def extra_repr(self) -> str:
         e, f, d = self.w1.shape
@@ -146,9 +209,9 @@ class ExpertBank(Bank):
         h = F.dropout(h, self.dropout, training=self.training)
         return F.linear(h, self.w2[expert], self.b2[expert])
 
-    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
-        active, weights = self.routed(plan)
+    def compute(
+        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+    ) -> Tensor:
         return moe_ffn(
             x,
             self.w1,
@@ -157,7 +220,7 @@ class ExpertBank(Bank):
             self.b2,
             weights=weights,
             active=active,
-            per_token=None if plan.per_token is None else plan.per_token + self.shared,
+            per_token=per_token,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )

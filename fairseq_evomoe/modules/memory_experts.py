@@ -10,7 +10,6 @@ from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels import routing
 from fairseq_evomoe.modules.experts import Bank, Part
 from fairseq_evomoe.modules.memory_layer import MemoryFFN, own_group
-from fairseq_evomoe.modules.plan import RoutingPlan
 
 
 class MemoryBank(Bank):
@@ -101,9 +100,9 @@ class MemoryBank(Bank):
     def one(self, expert: int, x: Tensor) -> Tensor:
         return self._apply_expert(self._unbound()[expert], x)
 
-    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
-        active, weights = self.routed(plan)
+    def compute(
+        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+    ) -> Tensor:
         token, counts = routing.sort_pairs(active)
         weight = weights.t().masked_select(active.t()).to(x.dtype)
         rows = x.index_select(0, token).split(counts)

@@ -18,6 +18,7 @@ from fairseq_evomoe.modules.memory_experts import MemoryBank
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, RoutingRecord, attach, touch
 from fairseq_evomoe.modules.split import Split, SplitRule
+from fairseq_evomoe.parallel.mesh import share_of
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
 
 
@@ -73,6 +74,12 @@ class EvoMoELayer(RecordingLayer):
             self.experts = MemoryBank(fc1.in_features, memory or MemoryConfig(), **common)
         else:
             self.experts = ExpertBank(fc1, fc2, activation=activation, **common)
+        self.share = share_of(common["num_experts"], shared=cfg.moe_shared_expert)
+        # what the first entry of this worker's experts is until the split
+        self._base: dict[str, Tensor] = {}
+        if self.share is not None:
+            self._keep_base()
+            self.experts.keep(self.share)
         self.schedule: EvolutionSchedule | None = None
         self.num_updates, self.spawned = 0, True
         self._saved: Clock | None = None
@@ -83,9 +90,27 @@ class EvoMoELayer(RecordingLayer):
 
     # -- time
 
+    @property
+    def spawned(self) -> bool:
+        """Whether the base expert has split."""
+        return self._spawned
+
+    @spawned.setter
+    def spawned(self, yes: bool) -> None:
+        self._spawned = yes
+        if self.share is not None:
+            self.share.split = yes
+
     def follow(self, schedule: EvolutionSchedule) -> None:
         """Take the stages from `schedule`; before the split unless it lies at update 0."""
         self.schedule, self.spawned = schedule, schedule.spawn == 0
+        if not self.spawned:
+            for name, base in self._base.items():
+                self.experts.get_parameter(name).data[0] = base
+        self._base = {}
+
+    def _keep_base(self) -> None:
+        self._base = {n: p.detach()[0].clone() for n, p in self.experts.named_parameters()}
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq's hook: called with the number of finished updates, in any order."""
@@ -117,13 +142,22 @@ class EvoMoELayer(RecordingLayer):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """torch's hook, to say in our words what does not fit. args[-1]: its list of errors."""
         part, own = next(iter(self.experts.named_parameters()))
+        total = own.size(0) if self.share is None else self.share.total
+        # a running average of this model (--store-ema) is loaded from this worker's own part too
+        average = self.share is not None and not hasattr(own, "expert")
         saved = state_dict.get(f"{prefix}experts.{part}")
-        if saved is None:
+        if saved is not None and self.share is not None and saved.size(0) == total:
+            clock = state_dict.get(f"{prefix}_extra_state")
+            split = clock is None or bool(clock[3])
+            for part, _ in self.experts.named_parameters():
+                name = f"{prefix}experts.{part}"
+                state_dict[name] = self.share.local(state_dict[name], split=split)
+        elif saved is None:
             args[-1].append(
                 f"{self.name}: the checkpoint has no such experts; evomoe-upcycle makes them from "
                 "a dense one, --moe-freq and --expert-type say which layers have which"
             )
-        elif saved.size(0) != own.size(0):
+        elif saved.size(0) not in (total, own.size(0) if average else total):
             shared = int(self.cfg.moe_shared_expert)
             args[-1].append(
                 f"{self.name}: the checkpoint has {saved.size(0) - shared} experts; give "
@@ -139,7 +173,8 @@ class EvoMoELayer(RecordingLayer):
         """BERT's initial weights for the experts, as fairseq gives them to its linear layers."""
         generator = torch.Generator().manual_seed(self._seed(torch.initial_seed()) + 1)
         if isinstance(self.experts, ExpertBank):
-            self.experts.reset_normal_(std, generator)
+            base = self.experts.reset_normal_(std, generator)
+            self._base = base if self._base else {}
 
     def split(self, rule: SplitRule, *, seed: int) -> Split:
         """How the base expert splits here; the caller applies it and sets `spawned`."""

@@ -92,12 +92,13 @@ class Split:
         self.rule, self.seed = rule, seed
         self.parts, self.silence = bank.parts, bank.silence
         hidden = bank.hidden
-        self.copies = range(1 if rule.keep_base else 0, bank.count)
+        # (entry of the stacked parameters, expert), for what is not the base itself
+        self.copies = [(i, e) for i, e in enumerate(bank.slots) if e > 0 or not rule.keep_base]
         self.units = torch.zeros(bank.count, hidden, dtype=torch.bool)
         if rule.mode in ("mask", "drop") and rule.grain == "unit":
-            for e in self.copies:
+            for i, e in self.copies:
                 chosen = torch.randperm(hidden, generator=self._generator(e))
-                self.units[e, chosen[: round(rule.ratio * hidden)]] = True
+                self.units[i, chosen[: round(rule.ratio * hidden)]] = True
 
     def _generator(self, expert: int, salt: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + 7919 * expert + 104729 * salt)
@@ -111,9 +112,9 @@ class Split:
         if self.rule.grain == "weight":
             chosen = torch.zeros(shape, dtype=torch.bool)
             # a bias is no connection: as in unstructured pruning, only matrices are masked
-            for e in self.copies if len(shape) > 2 else ():
+            for i, e in self.copies if len(shape) > 2 else ():
                 draw = torch.rand(shape[1:], generator=self._generator(e, 11 + self._salt(name)))
-                chosen[e] = draw < self.rule.ratio
+                chosen[i] = draw < self.rule.ratio
             return chosen
         if part.axis is None:
             return nothing
@@ -126,19 +127,19 @@ class Split:
 
     @torch.no_grad()
     def weights_(self, name: str, stacked: Tensor) -> None:
-        """Fill a stacked parameter (E, ...) from its expert 0, in place."""
+        """Fill a stacked parameter (E, ...) from its first entry, the base expert, in place."""
         base = stacked[0].float().cpu().clone()
         replaced = self.replaced(name, stacked.shape)
-        for e in self.copies:
+        for i, e in self.copies:
             new = base.clone()
             draw = torch.randn(base.shape, generator=self._generator(e, 1 + self._salt(name)))
             if self.rule.mode == "noise" and self.rule.acts_on(self.parts[name], self.silence):
                 new += self.rule.noise * base.std() * draw
             elif self.rule.mode == "drop":
-                new = torch.where(replaced[e], base.mean() + base.std() * draw, new)
+                new = torch.where(replaced[i], base.mean() + base.std() * draw, new)
             else:
-                new.masked_fill_(replaced[e], 0)
-            stacked[e].copy_(new)
+                new.masked_fill_(replaced[i], 0)
+            stacked[i].copy_(new)
 
     @torch.no_grad()
     def moments_(self, name: str, stacked: Tensor) -> None:

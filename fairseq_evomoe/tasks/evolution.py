@@ -7,11 +7,14 @@ import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_evomoe.config import EvolutionConfig
+from fairseq_evomoe.config import EvolutionConfig, MoEConfig
 from fairseq_evomoe.modules.gates import Gate, ScoreGate, StableGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.split import Diversity, SplitRule, diversity
+from fairseq_evomoe.parallel import checkpoints
+from fairseq_evomoe.parallel.mesh import Mesh, group_size, make_mesh, sharing
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
@@ -54,6 +57,57 @@ def check_flags(cfg: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
     )
 
 
+def expert_mesh(cfg: EvolutionConfig, model: Any) -> Mesh | None:
+    """Who holds which experts, by the task's flags and a model's; None: every worker all.
+
+    Raises:
+        ValueError: something else is asked for that expert parallelism cannot serve.
+    """
+    if not cfg.expert_parallel:
+        if cfg.expert_parallel_size:
+            raise ValueError(
+                f"--expert-parallel-size {cfg.expert_parallel_size}: give --expert-parallel too"
+            )
+        return None
+    flattened = cfg.fp16 and not (cfg.fp16_no_flatten_grads or cfg.memory_efficient_fp16)
+    refused = {
+        "--fp16": (
+            flattened,
+            "flattened masters forget which of them are experts; add --fp16-no-flatten-grads or "
+            "--memory-efficient-fp16",
+        ),
+        "--amp": (cfg.amp, "each worker would skip its own batches; use --bf16 or --fp16"),
+        "--use-bmuf": (cfg.use_bmuf, "it averages all weights; leave it out"),
+        "--ddp-backend slowmo": (
+            cfg.ddp_backend == "slowmo",
+            "it averages all weights; use legacy_ddp or pytorch_ddp",
+        ),
+        "--zero-sharding os": (
+            cfg.zero_sharding == "os",
+            "it shards the optimizer by other rules; leave it out",
+        ),
+        "--eval-bleu": (
+            getattr(cfg, "eval_bleu", False),
+            "workers generate in steps of their own, and would wait for each other for ever; score "
+            "checkpoints by fairseq-generate",
+        ),
+    }
+    for flag, (given, fix) in refused.items():
+        if given:
+            raise ValueError(f"{flag}: not with --expert-parallel: {fix}")
+    moe = MoEConfig.from_args(model)
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not moe.moe_expert_count:
+        logger.info("--expert-parallel: nothing to share out, one worker or no experts")
+        return None
+    size = group_size(dist.get_world_size(), moe.moe_expert_count, cfg.expert_parallel_size)
+    checkpoints.install()
+    logger.info(
+        "--expert-parallel: %d of %d experts a layer on each worker, %d copies of each",
+        *(moe.moe_expert_count // size, moe.moe_expert_count, dist.get_world_size() // size),
+    )
+    return make_mesh(size)
+
+
 class EvolutionMixin:
     """Gives the layers their schedule, splits the experts on time, keeps validation in step.
 
@@ -70,7 +124,8 @@ class EvolutionMixin:
         return self.args if getattr(self, "cfg", None) is None else self.cfg
 
     def build_model(self, cfg, from_checkpoint: bool = False):
-        model = super().build_model(cfg, from_checkpoint)
+        with sharing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
+            model = super().build_model(cfg, from_checkpoint)
         layers = moe_layers(model)
         # inference reads the stage from the checkpoint, a dense model has none
         if layers and not from_checkpoint:
@@ -79,6 +134,10 @@ class EvolutionMixin:
                 layer.follow(schedule)
                 layer.gate.ready()
             self._gate = layers[0][1].gate
+            apart = list(checkpoints.named_shares(model))
+            if apart:
+                # torch's DDP would average them
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, apart)
             logger.info("evolution: %s", schedule)
         return model
 

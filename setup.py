@@ -29,6 +29,7 @@ setup(
     },
     packages=[
         "fairseq_evomoe",
+        "fairseq_evomoe.compat",
         "fairseq_evomoe.criterions",
         "fairseq_evomoe.kernels",
         "fairseq_evomoe.models",

@@ -13,7 +13,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_evomoe.compat import DETAIL
+from fairseq_evomoe.compat.running import DETAIL
 from fairseq_evomoe.criterions.bucket_metrics import count, log_buckets
 from fairseq_evomoe.criterions.logs import summed
 from fairseq_evomoe.modules.buckets import counting

@@ -330,7 +330,7 @@ class EvolutionConfig(SplitConfig):
     )
     expert_parallel_size: int = option(
         0,
-        "workers that share them out among them, neighbours; further groups of so many hold copies; "
+        "how many neighbouring workers share them out; further groups of so many hold copies; "
         "0: the largest number that divides the workers and --moe-expert-count",
     )
     max_update: int = II("optimization.max_update")

@@ -1,4 +1,4 @@
-"""compat.py: each mend cures its fault, and nothing more than that."""
+"""compat/: each mend cures its fault, and nothing more than that."""
 
 import argparse
 import pickle
@@ -81,6 +81,6 @@ def test_threads_that_load_batches_end_before_the_interpreter():
     buffered = iterators.BufferedIterator(2, Source())
     assert next(buffered) == 0
     assert any(isinstance(t, iterators.BackgroundConsumer) for t in threading.enumerate())
-    compat.stop_loading_batches()
+    compat.batches.stop_loading_batches()
     assert not any(isinstance(t, iterators.BackgroundConsumer) for t in threading.enumerate())
     assert len(taken) < 20

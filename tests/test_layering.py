@@ -10,20 +10,22 @@ PACKAGE = "fairseq_evomoe"
 FOLDERS = {
     "kernels": ROOT / "kernels",
     "criterions": ROOT / "criterions",
-    **{n: ROOT / PACKAGE / n for n in ("modules", "models", "parallel", "tasks", "tools")},
+    **{
+        n: ROOT / PACKAGE / n for n in ("compat", "modules", "models", "parallel", "tasks", "tools")
+    },
 }
-LEAVES = {"config", "schedule", "compat"}
+LEAVES = {"config", "schedule"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "parallel": {"parallel", "compat"},
     "modules": {"kernels", "parallel", "modules", "config", "schedule"},
     "models": {"modules", "models", "config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
-    "tasks": {"modules", "parallel", "tasks", "config", "schedule"},
+    "tasks": {"compat", "modules", "parallel", "tasks", "config", "schedule"},
     "tools": {"kernels", "models", "modules", "tools", "config", "schedule", "compat"},
     "config": set(),
     "schedule": set(),
-    "compat": set(),
+    "compat": {"compat"},
 }
 FILES = [
     *((n, p) for n, folder in FOLDERS.items() for p in sorted(folder.rglob("*.py"))),

@@ -19,7 +19,7 @@ def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
     """Mark tables for a parameter group with `--memory-weight-decay`.
 
     The marks are those of fairseq's composite optimizer, which copies them to fp32 masters;
-    `compat.own_weight_decay` makes every other optimizer heed them.
+    `compat.running.own_weight_decay` makes every other optimizer heed them.
     """
     tables.param_group = "memory"  # type: ignore[attr-defined]
     tables.optim_overrides = {  # type: ignore[attr-defined]

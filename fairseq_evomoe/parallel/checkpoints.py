@@ -18,7 +18,7 @@ from fairseq.models.ema.ema import EMA
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from fairseq_evomoe.compat import wrap
+from fairseq_evomoe.compat.wrapping import wrap
 from fairseq_evomoe.parallel.gradients import (
     clip_with_experts,
     reduce_expert_gradients,

@@ -52,8 +52,9 @@ def clip_with_experts(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
         own, common = (torch.zeros((), dtype=torch.float64, device=norm.device) for _ in range(2))
         for p, share in experts:
-            norms = torch.linalg.vector_norm(p.grad.flatten(1), dim=1, dtype=torch.float32)
-            squares = norms.double().square()
+            assert p.grad is not None
+            wide = torch.promote_types(p.dtype, torch.float32)
+            squares = torch.linalg.vector_norm(p.grad.flatten(1), dim=1, dtype=wide) ** 2
             if share.common:
                 common += squares[0]
             own += squares[int(share.common) :].sum()

@@ -16,6 +16,7 @@ from fairseq_evomoe.modules.split import Diversity, SplitRule, diversity
 from fairseq_evomoe.parallel import checkpoints
 from fairseq_evomoe.parallel.mesh import Mesh, group_size, make_mesh, sharing
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve
+from fairseq_evomoe.tasks.averages import start_averages_at_split
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class EvolutionMixin:
                 layer.follow(schedule)
                 layer.gate.ready()
             self._gate = layers[0][1].gate
+            start_averages_at_split()
             apart = list(checkpoints.named_shares(model))
             if apart:
                 # torch's DDP would average them

@@ -48,7 +48,7 @@ def test_checkpoint_holds_nothing_executable(trained):
     with torch.serialization.safe_globals([Namespace]):
         state = torch.load(trained, weights_only=True)
     # leaving the context takes Namespace off the list even where it was before
-    compat.allow_config_classes_in_checkpoints()
+    compat.saving.allow_config_classes_in_checkpoints()
     evolution = state["model"]["encoder.layers.1.moe_layer._extra_state"]
     assert evolution.tolist() == [20, 2, 0.3, 1]
 

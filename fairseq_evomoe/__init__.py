@@ -13,6 +13,10 @@ from fairseq_evomoe import compat  # noqa: E402
 
 compat.mend()
 
+from fairseq_evomoe.parallel import shards  # noqa: E402
+
+shards.install()
+
 from fairseq_evomoe import criterions, models, tasks  # noqa: E402
 
 __all__ = ["__version__", "compat", "criterions", "models", "tasks"]

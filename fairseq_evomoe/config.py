@@ -333,6 +333,11 @@ class EvolutionConfig(SplitConfig):
         "how many neighbouring workers share them out; further groups of so many hold copies; "
         "0: the largest number that divides the workers and --moe-expert-count",
     )
+    expert_parallel_save: str = option(
+        "gathered",
+        "with --expert-parallel: one ordinary checkpoint (gathered), or experts in a folder beside "
+        "it, written by the workers that hold them (sharded), for models that no host can gather",
+    )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
     ddp_backend: str = II("distributed_training.ddp_backend")

@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -160,6 +162,48 @@ def train(*args, kind="train_inner"):
         sys.argv = before
         progress_bar.logger.removeHandler(collector)
     return collector.rows
+
+
+def _worker(rank, workers, port, args, lines):
+    os.environ.update(
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        | {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}
+    )
+    torch.set_num_threads(1)
+    try:
+        lines.put((rank, train(*args)))
+    except BaseException as error:
+        lines.put((rank, "".join(traceback.format_exception(error))))
+        os._exit(1)
+
+
+def train_workers(workers, *args):
+    """The real fairseq-train in `workers` processes, as torchrun starts them; the first's lines.
+
+    They are forks of this process, which spares each the seconds in which fairseq is imported.
+    """
+    context = torch.multiprocessing.get_context("fork")
+    lines = context.SimpleQueue()
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    started = [
+        context.Process(target=_worker, args=(rank, workers, port, args, lines))
+        for rank in range(workers)
+    ]
+    for process in started:
+        process.start()
+    found = {}
+    while len(found) < workers:
+        rank, said = lines.get()
+        found[rank] = said
+        if isinstance(said, str):
+            for process in started:
+                process.kill()
+            raise AssertionError(said)
+    for process in started:
+        process.join()
+    return found[0]
 
 
 def build(toy, *extra, family="translation"):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": {"modules", "models", "config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
     "tasks": {"compat", "modules", "parallel", "tasks", "config", "schedule"},
-    "tools": {"kernels", "models", "modules", "tools", "config", "schedule", "compat"},
+    "tools": {"parallel", "kernels", "models", "modules", "tools", "config", "schedule", "compat"},
     "config": set(),
     "schedule": set(),
     "compat": {"compat"},

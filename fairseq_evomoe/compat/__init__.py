@@ -32,6 +32,7 @@ def mend() -> None:
     running.keep_bf16_off_tpu()
     running.start_cpu_workers()
     running.own_weight_decay()
+    running.find_nan_in_any_model()
     running.shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")

@@ -8,7 +8,7 @@ import socket
 from collections import defaultdict
 
 import torch
-from fairseq import optim, options
+from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 
@@ -126,3 +126,27 @@ def shorten_progress_bar() -> None:
         return _format_stats
 
     wrap(progress_bar.BaseProgressBar, "_format_stats", make)
+
+
+def find_nan_in_any_model() -> None:
+    """After a NaN fairseq repeats the batch to name the module, by hooks that know few outputs.
+
+    A dictionary of lists, as every encoder returns, or an object ends the search in a StopIteration
+    or TypeError that hides what went wrong. Here gradients are watched at the tensors themselves.
+    """
+
+    def make(original):
+        def add_hooks(self, module):
+            def watch(module, inputs, output):
+                for value in output if isinstance(output, tuple) else (output,):
+                    if isinstance(value, torch.Tensor) and value.requires_grad:
+                        value.register_hook(lambda g: self.bhook_fn(module, inputs, g))
+
+            if self.forward:
+                self.fhooks.append(module.register_forward_hook(self.fhook_fn))
+            if self.backward:
+                self.bhooks.append(module.register_forward_hook(watch))
+
+        return add_hooks
+
+    wrap(nan_detector.NanDetector, "add_hooks", make)

@@ -19,6 +19,7 @@ from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, RoutingRecord, attach, touch
 from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.parallel.mesh import share_of
+from fairseq_evomoe.parallel.shards import own_part
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
 
 
@@ -74,7 +75,7 @@ class EvoMoELayer(RecordingLayer):
             self.experts = MemoryBank(fc1.in_features, memory or MemoryConfig(), **common)
         else:
             self.experts = ExpertBank(fc1, fc2, activation=activation, **common)
-        self.share = share_of(common["num_experts"], shared=cfg.moe_shared_expert)
+        self.share = share_of(int(common["num_experts"]), shared=cfg.moe_shared_expert)
         # what the first entry of this worker's experts is until the split
         self._base: dict[str, Tensor] = {}
         if self.share is not None:
@@ -142,27 +143,28 @@ class EvoMoELayer(RecordingLayer):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """torch's hook, to say in our words what does not fit. args[-1]: its list of errors."""
         part, own = next(iter(self.experts.named_parameters()))
-        total = own.size(0) if self.share is None else self.share.total
-        # a running average of this model (--store-ema) is loaded from this worker's own part too
-        average = self.share is not None and not hasattr(own, "expert")
         saved = state_dict.get(f"{prefix}experts.{part}")
-        if saved is not None and self.share is not None and saved.size(0) == total:
-            clock = state_dict.get(f"{prefix}_extra_state")
-            split = clock is None or bool(clock[3])
-            for part, _ in self.experts.named_parameters():
-                name = f"{prefix}experts.{part}"
-                state_dict[name] = self.share.local(state_dict[name], split=split)
-        elif saved is None:
+        counts = {own.size(0)}
+        if self.share is not None:
+            # a running average (--store-ema) is restored from this worker's own part as well
+            counts = {self.share.total} | (set() if hasattr(own, "expert") else counts)
+        if saved is None:
             args[-1].append(
                 f"{self.name}: the checkpoint has no such experts; evomoe-upcycle makes them from "
                 "a dense one, --moe-freq and --expert-type say which layers have which"
             )
-        elif saved.size(0) not in (total, own.size(0) if average else total):
+        elif isinstance(saved, Tensor) and saved.size(0) not in counts:
             shared = int(self.cfg.moe_shared_expert)
             args[-1].append(
                 f"{self.name}: the checkpoint has {saved.size(0) - shared} experts; give "
                 f"--moe-expert-count {saved.size(0) - shared}"
             )
+        elif self.share is not None:
+            clock = state_dict.get(f"{prefix}_extra_state")
+            split = clock is None or bool(clock[3])
+            for name, p in self.experts.named_parameters(f"{prefix}experts"):
+                if name in state_dict:
+                    state_dict[name] = own_part(state_dict[name], self.share, p.shape, split=split)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def restore(self, num_updates: int, clock: Clock, *, spawned: bool) -> None:

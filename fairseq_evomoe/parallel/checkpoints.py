@@ -9,6 +9,7 @@ worker before a save, whether or not a file follows: there the handing over take
 import functools
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from fairseq_evomoe.compat.wrapping import wrap
+from fairseq_evomoe.parallel import shards
 from fairseq_evomoe.parallel.gradients import (
     clip_with_experts,
     reduce_expert_gradients,
     shared_out,
 )
 from fairseq_evomoe.parallel.mesh import Share
+from fairseq_evomoe.parallel.shards import own_part
 
 
 def install() -> None:
@@ -37,6 +40,7 @@ def install() -> None:
     wrap(Trainer, "consolidate_optimizer", _with_handing_over)
     wrap(Trainer, "state_dict", _with_whole_experts)
     wrap(Trainer, "save_checkpoint", _with_forgetting)
+    wrap(Trainer, "load_checkpoint", _with_own_experts)
     wrap(EMA, "build_fp32_params", _with_own_averages)
 
 
@@ -63,10 +67,6 @@ def collect(part: Tensor, share: Share) -> Tensor | None:
     return None if parts is None else share.whole([p.cpu() for p in parts])
 
 
-def _collect_named(state: dict[str, Tensor], shares: dict[str, Share]) -> dict[str, Tensor | None]:
-    return {n: collect(state[n], share) for n, share in shares.items() if n in state}
-
-
 def moments_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Tensor, Share]]:
     """(index in the optimizer's state, key, moment, share) of the parameters shared out."""
     groups: Iterable[dict[str, Any]] = optimizer.param_groups
@@ -86,10 +86,8 @@ def local_optimizer_state(
     for index, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         share = getattr(p, "expert", None)
         if isinstance(share, Share):
-            whole = (share.total, *p.shape[1:])
             for key, value in own.get(index, {}).items():
-                if isinstance(value, Tensor) and value.shape == whole:
-                    own[index][key] = share.local(value, split=share.split)
+                own[index][key] = own_part(value, share, p.shape, split=share.split)
     return {**state, "state": own}
 
 
@@ -120,6 +118,24 @@ def _with_expert_gradients(original: Any) -> Any:
     return _build_optimizer
 
 
+def _parts(trainer: Trainer, shares: dict[str, Share]) -> dict[str, tuple[Tensor, Share]]:
+    """Everything that a checkpoint holds of shared-out experts: name -> this worker's part."""
+    states = {"model": trainer.get_model().state_dict()}
+    if trainer.cfg.ema.store_ema:
+        states["ema"] = trainer.ema.get_model().state_dict()
+        states["ema_fp32_params"] = trainer.ema.fp32_params
+    parts = {
+        f"{where}/{name}": (state[name], share)
+        for where, state in states.items()
+        for name, share in shares.items()
+        if name in state
+    }
+    if not trainer.cfg.checkpoint.no_save_optimizer_state:
+        for index, key, moment, share in moments_of(trainer.optimizer.optimizer):
+            parts[f"optimizer/{index}/{key}"] = (moment, share)
+    return parts
+
+
 def _with_handing_over(original: Any) -> Any:
     def consolidate_optimizer(self: Trainer) -> None:
         original(self)
@@ -128,20 +144,22 @@ def _with_handing_over(original: Any) -> Any:
         failing = sys.exc_info()[0] is not None
         if not shares or failing:
             return
-        whole: dict[str, Any] = {"model": _collect_named(self.model.state_dict(), shares)}
-        if self.cfg.ema.store_ema:
-            averages = self.ema.get_model().state_dict()
-            whole["ema"] = _collect_named(averages, shares)
-            whole["ema_fp32_params"] = _collect_named(self.ema.fp32_params, shares)
-        if not self.cfg.checkpoint.no_save_optimizer_state:
-            found = [(i, k, collect(m, s)) for i, k, m, s in moments_of(self.optimizer.optimizer)]
-            state = self.optimizer.state_dict()
-            own = {i: dict(v) if isinstance(v, dict) else v for i, v in state["state"].items()}
-            for index, key, value in found:
-                own[index][key] = value
-            whole["optimizer"] = {**state, "state": own}
+        parts = _parts(self, shares)
+        sharded = self.cfg.task.expert_parallel_save == "sharded"
+        folder = Path(self.cfg.checkpoint.save_dir)
+        name = shards.new_folder(self.get_num_updates()) if sharded else ""
+        first_group = dist.get_global_rank(next(iter(shares.values())).mesh.group, 0) == 0
+        if not first_group:
+            return
+        if sharded:
+            if self.is_data_parallel_master:
+                shards.remove_unused(folder)
+            shards.write(folder / name, parts)
+            whole = {path: shards.reference(path) for path in parts}
+        else:
+            whole = {path: collect(part, share) for path, (part, share) in parts.items()}
         if self.is_data_parallel_master:
-            self._whole = whole
+            self._whole, self._shards = whole, name
 
     return consolidate_optimizer
 
@@ -151,15 +169,37 @@ def _with_whole_experts(original: Any) -> Any:
         whole = getattr(self, "_whole", None)
         if whole is None:
             return original(self)
-        self._gathered_optim_state = whole.get("optimizer")
+        if not self.cfg.checkpoint.no_save_optimizer_state:
+            state = self.optimizer.state_dict()
+            moments = {i: dict(v) if isinstance(v, dict) else v for i, v in state["state"].items()}
+            for path, value in whole.items():
+                where, _, name = path.partition("/")
+                if where == "optimizer":
+                    index, key = name.split("/")
+                    moments[int(index)][key] = value
+            self._gathered_optim_state = {**state, "state": moments}
         state = original(self)
-        state["model"] = {**state["model"], **whole["model"]}
-        for key in ("ema", "ema_fp32_params"):
-            if key in state["extra_state"]:
-                state["extra_state"][key] = {**state["extra_state"][key], **whole[key]}
+        extra = state["extra_state"]
+        for where, holder in (("model", state), ("ema", extra), ("ema_fp32_params", extra)):
+            if where in holder:
+                start = f"{where}/"
+                found = {k.removeprefix(start): v for k, v in whole.items() if k.startswith(start)}
+                holder[where] = {**holder[where], **found}
+        if self._shards:
+            extra[shards.FOLDER] = self._shards
         return state
 
     return state_dict
+
+
+def _with_own_experts(original: Any) -> Any:
+    def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if not named_shares(self.get_model()):
+            return original(self, *args, **kwargs)
+        with shards.each_reads_its_own():
+            return original(self, *args, **kwargs)
+
+    return load_checkpoint
 
 
 def _with_forgetting(original: Any) -> Any:
@@ -176,11 +216,11 @@ def _with_own_averages(original: Any) -> Any:
     def build_fp32_params(self: EMA, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
             own, shares = self.model.state_dict(), named_shares(self.model)
-            foreign = {n for n in shares if state_dict[n].shape != own[n].shape}
-            state_dict = {
-                n: shares[n].local(v, split=shares[n].split) if n in foreign else v
-                for n, v in state_dict.items()
-            }
+            state_dict = dict(state_dict)
+            for name, share in shares.items():
+                state_dict[name] = own_part(
+                    state_dict[name], share, own[name].shape, split=share.split
+                )
         original(self, state_dict)
 
     return build_fp32_params

@@ -70,6 +70,10 @@ def expert_mesh(cfg: EvolutionConfig, model: Any) -> Mesh | None:
                 f"--expert-parallel-size {cfg.expert_parallel_size}: give --expert-parallel too"
             )
         return None
+    if cfg.expert_parallel_save not in ("gathered", "sharded"):
+        raise ValueError(
+            f"--expert-parallel-save {cfg.expert_parallel_save}: choose gathered or sharded"
+        )
     flattened = cfg.fp16 and not (cfg.fp16_no_flatten_grads or cfg.memory_efficient_fp16)
     refused = {
         "--fp16": (

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from fairseq_evomoe import compat
 from fairseq_evomoe.config import Flags
+from fairseq_evomoe.parallel import shards
 
 EXTRA = "_extra_state"
 FAMILIES = {
@@ -46,7 +47,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint, or a damaged one: {first}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of fairseq: it holds no model")
-    return state
+    return shards.resolve(state, path.parent, whole=True)
 
 
 def build(path: Path, data: str | None) -> tuple[Any, Any, Any]:

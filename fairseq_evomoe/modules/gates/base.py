@@ -169,6 +169,12 @@ class ScoreGate(Gate):
             return logits
         return logits + self.cfg.moe_balance_bias * self.bias_steps
 
+    def train(self, mode: bool = True) -> "ScoreGate":
+        """fairseq calls it at the start of every update: what one it skipped has seen, is gone."""
+        if mode and self.cfg.moe_balance_bias:
+            self.seen = None
+        return super().train(mode)
+
     @torch.no_grad()
     def move_bias(self, all_reduce: Any = None) -> None:
         """Step the bias by the load seen since the last step, summed by `all_reduce` in place."""

@@ -1,0 +1,137 @@
+"""NaN and infinity in inputs, gates and gradients: skipped or stopped, nothing poisoned."""
+
+import math
+
+import pytest
+import torch
+from conftest import build
+from fairseq.trainer import Trainer
+
+from fairseq_evomoe.modules.moe_layer import moe_layers
+
+FP16 = ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4)
+LAYOUTS = {
+    "fp32": (),
+    "bf16": ("--bf16",),
+    "fp16": FP16,
+    "memory-efficient-fp16": ("--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 4),
+}
+SKIPS = ("fp16", "memory-efficient-fp16")
+"""Layouts with a loss scale: fairseq skips the batch. Without one it ends the run."""
+
+
+def started(toy, *flags, monkeypatch, save_dir=None):
+    """(trainer, batches) of a toy run."""
+    # fairseq puts the norm of a skipped batch on CUDA, wherever the run is
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *a, **k: self)
+    cfg, task, model = build(toy, "--dropout", 0, "--clip-norm", 0.1, *flags)
+    cfg.checkpoint.save_dir = str(save_dir)
+    trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
+    task.load_dataset("train")
+    batches = trainer.get_train_iterator(epoch=1, load_dataset=False).next_epoch_itr(shuffle=False)
+    trainer.begin_epoch(1)
+    return trainer, batches
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.get_model().named_parameters()}
+
+
+def poison(layer, where, value):
+    """Let `value` appear once, in what the layer reads, in its gate's logits, or in a gradient."""
+    if where == "input":
+        hook = lambda module, args: (torch.full_like(args[0], value), *args[1:])
+        return layer.register_forward_pre_hook(hook)
+    if where == "gate":
+        hook = lambda module, args: (torch.full_like(args[0], value), *args[1:])
+        return layer.gate.register_forward_pre_hook(hook)
+    return next(layer.experts.parameters()).register_hook(lambda g: torch.full_like(g, value))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["input", "gate", "gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, monkeypatch, caplog):
+    """The batch changes no weight and counts for no update. Under a loss scale the next one trains
+    as ever; otherwise fairseq ends the run, and names the module."""
+    flags = ("--evo-spawn-update", 0, "--dts-anneal-updates", 4, *LAYOUTS[layout])
+    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    trainer.train_step([next(batches)])
+    before = weights(trainer)
+    (_, layer), *_ = moe_layers(trainer.get_model())
+    hook = poison(layer, where, value)
+    if layout in SKIPS:
+        scale = trainer.optimizer.scaler.loss_scale
+        assert trainer.train_step([next(batches)]) is None
+        assert trainer.optimizer.scaler.loss_scale < scale
+    else:
+        with pytest.raises(FloatingPointError), caplog.at_level("WARNING"):
+            trainer.train_step([next(batches)])
+        assert where == "gradient" or "detected in output of encoder.layers.1.moe" in caplog.text
+    hook.remove()
+    assert trainer.get_num_updates() == 1
+    assert all(torch.equal(p, before[n]) for n, p in trainer.get_model().named_parameters())
+    if layout not in SKIPS:
+        return
+    trainer.train_step([next(batches)])
+    after = weights(trainer)
+    assert trainer.get_num_updates() == 2
+    assert all(p.isfinite().all() for p in after.values())
+    assert any(not torch.equal(p, before[n]) for n, p in after.items() if "experts" in n)
+
+
+@pytest.mark.parametrize("layout", SKIPS)
+def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
+    """The update of the split overflows: the experts split once, and the run goes on from there."""
+    flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4, *LAYOUTS[layout])
+    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    for _ in range(2):
+        trainer.train_step([next(batches)])
+    (_, layer), *_ = moe_layers(trainer.get_model())
+    base = layer.experts.w2[0].detach().clone()
+    hook = poison(layer, "gradient", math.inf)
+    assert trainer.train_step([next(batches)]) is None
+    hook.remove()
+    assert layer.spawned and trainer.get_num_updates() == 2
+    split = layer.experts.w2.detach().clone()
+    assert torch.equal(split[0], base) and not torch.equal(split[1], base)
+    trainer.train_step([next(batches)])
+    assert trainer.get_num_updates() == 3
+    assert layer.experts.w2.isfinite().all() and not torch.equal(layer.experts.w2, split)
+    assert (layer.experts.w2 - split).abs().max() < 0.1, "a second split would draw units anew"
+
+
+def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
+    """--moe-balance-bias counts the load of updates that were made, and of no other."""
+    flags = ("--moe-gate", "topk", "--moe-balance-bias", 0.1, *FP16)
+    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    (_, layer), *_ = moe_layers(trainer.get_model())
+    hook = poison(layer, "gradient", math.inf)
+    skipped = next(batches)
+    trainer.train_step([skipped])
+    hook.remove()
+    seen = []
+    original = layer.gate.move_bias
+    monkeypatch.setattr(
+        layer.gate, "move_bias", lambda r: (seen.append(int(layer.gate.seen.sum())), original(r))
+    )
+    made = next(batches)
+    trainer.train_step([made])
+    pairs = layer.cfg.moe_top_k * made["net_input"]["src_tokens"].ne(1).sum()
+    assert seen == [int(pairs)]
+
+
+def test_an_average_starts_with_its_expert(toy, tmp_path, monkeypatch):
+    """--store-ema: at the split the copies' averages are the copies, not what was never used."""
+    flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4)
+    ema = ("--store-ema", "--ema-decay", 0.9, "--ema-fp32")
+    trainer, batches = started(toy, *flags, *ema, monkeypatch=monkeypatch, save_dir=tmp_path)
+    for _ in range(3):
+        trainer.train_step([next(batches)])
+    (name, layer), *_ = moe_layers(trainer.get_model())
+    for average in (
+        dict(moe_layers(trainer.ema.get_model()))[name].experts.w1,
+        trainer.ema.fp32_params[f"{name}.experts.w1"],
+    ):
+        assert torch.equal(average[1:], layer.experts.w1[1:])
+        assert not torch.equal(average[0], layer.experts.w1[0])

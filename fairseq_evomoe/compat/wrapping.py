@@ -10,7 +10,7 @@ def wrap(owner: typing.Any, name: str, make: typing.Callable) -> None:
     """Put make(original) in the place of `owner.name`, unless that has been done before."""
     original = getattr(owner, name)
     mend = f"{make.__module__}.{make.__qualname__}"
-    done = getattr(original, _MARK, frozenset())
+    done: frozenset[str] = getattr(original, _MARK, frozenset())
     if mend in done:
         return
     replacement = functools.wraps(original)(make(original))

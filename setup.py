@@ -48,11 +48,13 @@ setup(
         "scipy>=1.11",
         "sentencepiece>=0.2",
         "torch>=2.6",
+        "tqdm>=4.60",
         "triton>=3.2; platform_system == 'Linux'",
     ],
     extras_require={
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
         "export": ["safetensors"],
+        "langid": ["py3langid"],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
     },

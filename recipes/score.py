@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
 
 
 def read(path: Path) -> list[str]:
@@ -37,6 +38,41 @@ def frequency_table(source: list[str], target: list[str]) -> dict[str, str]:
     return {w: best(w) for w in ours}
 
 
+def against(hypothesis: list[str], baseline: list[str], reference: list[str]) -> dict[str, float]:
+    """Paired bootstrap, 1000 resamples (Koehn 2004): is the difference to the baseline chance?"""
+    if len(baseline) != len(reference):
+        sys.exit(f"the baseline has {len(baseline)} lines, the reference {len(reference)}")
+    test = PairedTest(
+        [("baseline", baseline), ("this", hypothesis)],
+        {"BLEU": BLEU(references=[reference]), "chrF": CHRF(references=[reference])},
+        references=None,
+        test_type="bs",
+        n_samples=1000,
+    )
+    found = {}
+    for name, (theirs, ours) in test()[1].items():
+        if not hasattr(ours, "p_value"):
+            continue
+        found[name] = round(ours.score - theirs.score, 2)
+        found[f"{name}_p"] = round(float(ours.p_value), 4)
+        print(
+            f"  against the baseline: {name} {theirs.score:.2f} -> {ours.score:.2f}, "
+            f"p = {ours.p_value:.3f}, 95 % interval {ours.mean:.2f} +- {ours.ci:.2f}"
+        )
+    return found
+
+
+def comet_score(source: list[str], hypothesis: list[str], reference: list[str]) -> float:
+    """System score of wmt22-comet-da; downloads the model when first asked."""
+    try:
+        from comet import download_model, load_from_checkpoint
+    except ImportError:
+        sys.exit("--comet needs unbabel-comet: pip install unbabel-comet")
+    model = load_from_checkpoint(download_model("Unbabel/wmt22-comet-da"))
+    rows = zip(source, hypothesis, reference, strict=True)
+    return model.predict([{"src": s, "mt": h, "ref": r} for s, h, r in rows]).system_score
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="test")
@@ -48,6 +84,10 @@ def main() -> None:
     parser.add_argument(
         "--tags", type=Path, help="JSON list of phenomena per line: exact match each"
     )
+    parser.add_argument(
+        "--baseline", type=Path, help="another model's hypotheses: paired bootstrap"
+    )
+    parser.add_argument("--comet", action="store_true", help="COMET too, where it is installed")
     parser.add_argument("--show", type=int, default=0, help="print this many translations")
     parser.add_argument("--json", type=Path, help="append the result to this file, a line of JSON")
     args = parser.parse_args()
@@ -80,6 +120,11 @@ def main() -> None:
         literal = word_by_word(source, table)
         result["bleu_frequency"] = round(BLEU().corpus_score(literal, [reference]).score, 2)
         print(f"  most frequent word for each word: BLEU {result['bleu_frequency']:.2f}")
+    if args.baseline:
+        result["against_baseline"] = against(hypothesis, read(args.baseline), reference)
+    if args.comet:
+        result["comet"] = round(comet_score(source, hypothesis, reference), 4)
+        print(f"  COMET {result['comet']:.4f}")
     if args.tags:
         by_tag = defaultdict(list)
         for tags, hit in zip(read(args.tags), exact, strict=True):

@@ -5,17 +5,27 @@ USER_DIR=$ROOT/fairseq_evomoe
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu")')
 
-# prepare SRC TGT VOCAB TRAIN VALID TEST...: plain text $TRAIN.$SRC ... -> $WORK/bin
-prepare() {
-    local src=$1 tgt=$2 vocab=$3 train=$4 valid=$5 tests=
+# pieces SRC TGT VOCAB TRAIN VALID TEST... [-- pieces.py's flags]: plain text -> $WORK/pieces
+pieces() {
+    local src=$1 tgt=$2 vocab=$3 train=$4 valid=$5 tests=()
     shift 5
-    [ -e "$WORK/bin/dict.$tgt.txt" ] && return
-    python "$ROOT/recipes/prepare_text.py" --out "$WORK/pieces" --source-lang "$src" --target-lang "$tgt" \
-        --vocab "$vocab" --train "$train" --valid "$valid" --test "$@"
-    for i in $(seq 0 $(($# - 1))); do tests=$tests,$WORK/pieces/test$i; done
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do tests+=("$1"); shift; done
+    [ "${1-}" = -- ] && shift
+    [ -e "$WORK/pieces/test$((${#tests[@]} - 1)).$tgt" ] && return
+    python "$ROOT/recipes/pieces.py" --out "$WORK/pieces" --source-lang "$src" --target-lang "$tgt" \
+        --vocab "$vocab" --train "$train" --valid "$valid" --test "${tests[@]}" "$@"
+}
+
+# preprocess SRC TGT N: $WORK/pieces with N test sets -> $WORK/bin
+preprocess() {
+    local src=$1 tgt=$2 tests= i
+    [ -e "$WORK/bin/preprocess.done" ] && return
+    for i in $(seq 0 $(($3 - 1))); do tests=$tests,$WORK/pieces/test$i; done
+    rm -rf "$WORK/bin"
     fairseq-preprocess --source-lang "$src" --target-lang "$tgt" --joined-dictionary --workers "$(nproc)" \
         --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" --testpref "${tests#,}" \
-        --destdir "$WORK/bin" >"$WORK/preprocess.log" 2>&1
+        --destdir "$WORK/bin" >"$WORK/preprocess.log" 2>&1 || { tail -n 20 "$WORK/preprocess.log" >&2; return 1; }
+    touch "$WORK/bin/preprocess.done"
 }
 
 # train NAME [flags]: -> $WORK/NAME/checkpoint_last.pt and $WORK/NAME/train.log
@@ -25,7 +35,7 @@ train() {
     mkdir -p "$WORK/$name"
     fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
         --share-all-embeddings --required-batch-size-multiple 1 --num-workers 0 \
-        --log-format json "$@" >"$WORK/$name/train.log" 2>&1 ||
+        --log-format json "$@" >>"$WORK/$name/train.log" 2>&1 ||
         { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
 }
 
@@ -39,5 +49,6 @@ translate() {
         --path "$WORK/$name/$checkpoint" --gen-subset "$subset" --remove-bpe sentencepiece \
         --required-batch-size-multiple 1 --num-workers 0 "$@" >"$out.gen" 2>"$out.err" ||
         { tail -n 20 "$out.err" >&2; return 1; }
-    grep '^H-' "$out.gen" | cut -c3- | sort -n | cut -f3 >"$out.hyp"
+    grep '^H-' "$out.gen" | cut -c3- | sort -n | cut -f3 >"$out.hyp.partial"
+    mv "$out.hyp.partial" "$out.hyp"
 }

@@ -32,7 +32,11 @@ if [ -z "$data" ]; then
     [ -e "$data/test_comp.de" ] || python recipes/quickstart/grammar.py --out "$data"
     tests=(test test_comp)
 fi
-prepare "$src" "$tgt" "$vocab" "$data/train" "$data/valid" "${tests[@]/#/$data/}"
+mkdir -p "$WORK/text"
+[ -e "$WORK/text/clean.$tgt" ] || python recipes/clean.py --source-lang "$src" --target-lang "$tgt" \
+    --train "$data/train" --held-out "${tests[@]/#/$data/}" --out "$WORK/text/clean"
+pieces "$src" "$tgt" "$vocab" "$WORK/text/clean" "$data/valid" "${tests[@]/#/$data/}"
+preprocess "$src" "$tgt" "${#tests[@]}"
 
 if [ ! -e "$WORK/model/averaged.pt" ]; then
     echo "training: $updates updates"

@@ -1,8 +1,15 @@
 """recipes: the grammar's promises, text preparation, scoring, and the quickstart end to end."""
 
+import gzip
+import hashlib
+import http.server
+import io
 import json
 import subprocess
 import sys
+import tarfile
+import threading
+from collections import Counter
 
 import pytest
 from conftest import ROOT, run
@@ -10,7 +17,8 @@ from conftest import ROOT, run
 from recipes.quickstart import grammar
 
 sys.path.insert(0, str(ROOT / "recipes"))
-import prepare_text  # noqa: E402
+import clean  # noqa: E402
+import download  # noqa: E402
 import score  # noqa: E402
 
 
@@ -93,7 +101,8 @@ def test_cleaning_counts_what_it_drops():
         *(("a b", "c d"), ("", "x"), ("a b", "c d"), ("in test", "im test")),
         *(("one two three four", "one two three four"), ("Tom", "Tom")),
     ]
-    kept, dropped = prepare_text.clean(pairs, [("in test", "im test")])
+    dropped = Counter()
+    kept = list(clean.clean(pairs, [("in test", "im test")], dropped))
     assert kept == [("a b", "c d"), ("Tom", "Tom")]
     assert dropped == {"empty": 1, "repeated": 1, "in a test set": 1, "source equals target": 1}
 
@@ -103,9 +112,183 @@ def test_unequal_files_are_refused(tmp_path):
     (tmp_path / "t.en").write_text("a\nb\n")
     (tmp_path / "t.de").write_text("a\n")
     with pytest.raises(SystemExit, match="2 en lines but 1 de lines"):
-        prepare_text.read_pairs(str(tmp_path / "t"), "en", "de")
+        list(clean.read_pairs(str(tmp_path / "t"), "en", "de"))
     with pytest.raises(SystemExit, match="no such file"):
-        prepare_text.read_pairs(str(tmp_path / "u"), "en", "de")
+        list(clean.read_pairs(str(tmp_path / "u"), "en", "de"))
+
+
+def test_normalise():
+    """Ligatures and wide spaces become plain, control and invisible characters go."""
+    assert clean.normalise("ﬁne\u00a0 \x07day\u200b\t!") == "fine day !"
+
+
+def test_the_language_filter_knows_the_other_side():
+    """A German sentence on the English side goes; a few words are given the benefit of doubt."""
+    right = clean.languages_of("en", "de")
+    english, german = "we are very glad to be here today", "wir freuen uns sehr heute hier zu sein"
+    assert right((english, german)) and right(("OK", "OK"))
+    assert not right((german, german)) and not right((english, english))
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Serves one file, by ranges; breaks the first answer off in the middle."""
+
+    content, broken = b"", []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        body = self.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if not self.broken:
+            self.broken.append(True)
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
+    """The second try asks for the rest alone; the file gets its name when it is whole."""
+    _Server.content, _Server.broken = bytes(range(256)) * 5000, []
+    server = http.server.HTTPServer(("localhost", 0), _Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://localhost:{server.server_port}/x"
+    try:
+        with pytest.raises(OSError):
+            download.fetch(url, tmp_path / "x", tries=1)
+        assert not (tmp_path / "x").exists()
+        assert (tmp_path / "x.partial").stat().st_size == len(_Server.content) // 2
+        download.fetch(url, tmp_path / "x", tries=1)
+    finally:
+        server.shutdown()
+    assert (tmp_path / "x").read_bytes() == _Server.content
+
+
+def archive(path, members):
+    """A .tgz or .tar with the members {name: text}."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
+        for name, text in members.items():
+            data = text.encode()
+            data = gzip.compress(data) if name.endswith(".gz") else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def text_of(pairs, side):
+    return "".join(p[side] + "\n" for p in pairs)
+
+
+def wmt_mirror(folder, pairs, src, tgt, files):
+    """Archives of a WMT year with a share of the pairs each, test sets as plain files."""
+    folder.mkdir()
+    shares = [pairs["train"][i :: len(files)] for i in range(len(files))]
+    for (name, members), share in zip(files.items(), shares, strict=True):
+        archive(folder / name, {members[lang]: text_of(share, lang != "en") for lang in (src, tgt)})
+    return folder
+
+
+WMT = {
+    "wmt14_en_de": {
+        "training-parallel-europarl-v7.tgz": "training/europarl-v7.de-en.{}",
+        "training-parallel-commoncrawl.tgz": "commoncrawl.de-en.{}",
+        "training-parallel-nc-v9.tgz": "training/news-commentary-v9.de-en.{}",
+    },
+    "wmt17_en_de": {
+        "training-parallel-europarl-v7.tgz": "training/europarl-v7.de-en.{}",
+        "training-parallel-commoncrawl.tgz": "commoncrawl.de-en.{}",
+        "training-parallel-nc-v12.tgz": "training/news-commentary-v12.de-en.{}",
+        "rapid2016.tgz": "rapid2016.de-en.{}",
+    },
+    "wmt14_en_fr": {
+        "training-parallel-europarl-v7.tgz": "training/europarl-v7.fr-en.{}",
+        "training-parallel-commoncrawl.tgz": "commoncrawl.fr-en.{}",
+        "training-parallel-un.tgz": "un/undoc.2000.fr-en.{}",
+        "training-parallel-nc-v9.tgz": "training/news-commentary-v9.fr-en.{}",
+        "training-giga-fren.tar": "giga-fren.release2.fixed.{}.gz",
+    },
+}
+TESTS = {
+    "wmt14_en_de": "newstest2014",
+    "wmt14_en_fr": "newstest2014",
+    "wmt17_en_de": "newstest2017",
+}
+
+
+@pytest.mark.parametrize("name", WMT)
+def test_wmt_from_archives(tmp_path, name):
+    """Archives in the corpora's own formats -> text, cleaned, in pieces: nothing lost or mixed."""
+    src, tgt = name.split("_")[1:]
+    pairs = grammar.corpus(train=400, valid=30, test=31, seed=8)
+    files = {f: {lang: m.format(lang) for lang in (src, tgt)} for f, m in WMT[name].items()}
+    mirror = wmt_mirror(tmp_path / "mirror", pairs, src, tgt, files)
+    for split, own in (("valid", "valid"), ("test", TESTS[name])):
+        for side, lang in enumerate((src, tgt)):
+            (mirror / f"{own}.{lang}").write_text(text_of(pairs[split], side), encoding="utf-8")
+    steps = ("--steps", "download,extract,clean,pieces", "--any-lines")
+    out = recipe(name, "--data", mirror, *steps, "--out", tmp_path / "w")
+    sides = ((tmp_path / f"w/text/train.{x}").read_text().splitlines() for x in (src, tgt))
+    found = list(zip(*sides, strict=True))
+    assert sorted(found) == sorted((p.en, p.de) for p in pairs["train"])
+    assert "clean: 400 pairs read" in out
+    sums = (tmp_path / "w/archives/SHA256SUMS").read_text().splitlines()
+    assert len(sums) == len(files)
+    sha, file = sums[0].split()
+    assert sha == hashlib.sha256((mirror / file).read_bytes()).hexdigest()
+
+    # a damaged archive is noticed, and a number of lines that is not the published one
+    (tmp_path / "w/text").rename(tmp_path / "w/gone")
+    wrong = recipe(name, "--data", mirror, "--steps", "extract", "--out", tmp_path / "w", ok=False)
+    assert "lines instead of" in wrong
+    (tmp_path / "w/archives" / file).write_bytes(b"damaged")
+    damaged = recipe(name, "--data", mirror, *steps, "--out", tmp_path / "w", ok=False)
+    assert "damaged or changed; delete it" in damaged
+
+
+def test_iwslt_from_its_archive(tmp_path):
+    """Tagged talks and XML test sets, the whole recipe; every 23rd pair is for validation."""
+    pairs = grammar.corpus(train=300, valid=20, test=25, seed=8)
+    members = {}
+    for side, lang in ((1, "de"), (0, "en")):
+        talk = "<url>http://x</url>\n<title>A talk</title>\n" + text_of(pairs["train"], side)
+        members[f"de-en/train.tags.de-en.{lang}"] = talk
+        for i, test in enumerate(
+            ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+        ):
+            rows = [p[side].replace("&", "&amp;") for p in pairs["test"][5 * i : 5 * i + 5]]
+            segments = "\n".join(f'<seg id="{n}"> {r} </seg>' for n, r in enumerate(rows, 1))
+            xml = f'<?xml version="1.0"?>\n<doc docid="1">\n{segments}\n</doc>\n'
+            members[f"de-en/IWSLT14.{test}.de-en.{lang}.xml"] = xml
+    (tmp_path / "mirror").mkdir()
+    archive(tmp_path / "mirror/de-en.tgz", members)
+    out = recipe(
+        *("iwslt14_de_en", "--data", tmp_path / "mirror", "--any-lines", "--size", "tiny"),
+        *("--model", "memoryformer", "--updates", 20, "--out", tmp_path / "w"),
+    )
+    text = tmp_path / "w/text"
+    assert (text / "tests2010to2012.de").read_text() == text_of(pairs["test"], 1)
+    assert len((text / "valid.de").read_text().splitlines()) == -(-300 // 23)
+    assert "BLEU" in out and "(25 lines)" in out
+    again = recipe(
+        *("iwslt14_de_en", "--data", tmp_path / "mirror", "--any-lines", "--size", "tiny"),
+        *("--model", "dense", "--updates", 20, "--out", tmp_path / "w"),
+        *("--baseline", "memoryformer-tiny-20-seed1"),
+    )
+    assert "download" not in again.split("train")[0] and "against the baseline: BLEU" in again
+
+
+def test_print_gives_the_command_that_trains(tmp_path):
+    """For torchrun and Slurm: the flags in one line, the same for each family but its own."""
+    lines = {
+        model: recipe("wmt14_en_de", "--model", model, "--print", "--out", tmp_path / "w")
+        for model in ("dense", "evomoe")
+    }
+    for line in lines.values():
+        assert "--arch transformer_evomoe_wmt_en_de " in line and "--max-update 100000" in line
+    assert "--moe-expert-count 8" in lines["evomoe"] and "--moe-freq 0" in lines["dense"]
 
 
 def test_score_refuses_lost_sentences(tmp_path):
@@ -129,7 +312,7 @@ def test_frequency_baseline():
     assert score.word_by_word(["the dog runs"], table) == ["der Hund runs"]
 
 
-def recipe(name, *args, cwd=ROOT):
+def recipe(name, *args, cwd=ROOT, ok=True):
     """Run a recipe in this environment: set-up sees it as up to date."""
     home = sys.prefix
     wanted = subprocess.run(
@@ -138,10 +321,11 @@ def recipe(name, *args, cwd=ROOT):
         capture_output=True,
         text=True,
     ).stdout.strip()
-    stamp = f"{home}/.evomoe-plots"
-    with open(stamp, "w") as f:
-        f.write(wanted + "\n")
-    return run("bash", ROOT / f"recipes/{name}/run.sh", *args, cwd=cwd, env={"EVOMOE_VENV": home})
+    for extras in ("plots", "plots,langid"):
+        with open(f"{home}/.evomoe-{extras}", "w") as f:
+            f.write(wanted + "\n")
+    script = ROOT / f"recipes/{name}/run.sh"
+    return run("bash", script, *args, cwd=cwd, env={"EVOMOE_VENV": home}, ok=ok)
 
 
 def test_quickstart(tmp_path):
@@ -187,7 +371,7 @@ def test_multi30k_on_local_files(tmp_path, model):
     )
     assert out.count("nrefs:1|case:mixed") == 2
     names = [json.loads(x)["name"] for x in (tmp_path / "m/scores.jsonl").read_text().splitlines()]
-    assert names == [f"{model}-20-seed1 test2016", f"{model}-20-seed1 test2017"]
+    assert names == [f"{model}-small-20-seed1 {t}" for t in ("test2016", "test2017")]
 
 
 def test_recipes_refuse_unknown_options():

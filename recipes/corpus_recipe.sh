@@ -1,0 +1,144 @@
+# Runs a corpus's recipe, step by step; sourced by recipes/<corpus>/run.sh, which sets RECIPE to its
+# folder and size, updates, average, experts and search to its defaults.
+
+usage() {
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$RECIPE/run.sh" >&2
+    cat >&2 <<'TEXT'
+options:
+  --model M       dense, evomoe, switch, gshard, base, hash, stable, memoryformer (evomoe)
+  --size S        tiny, small, iwslt, base, big
+  --data DIR      take files from DIR, not from the network: the archives by their names, or plain
+                  {train,valid,<test set>}.<language>
+  --steps A,B     only these of: download extract clean pieces preprocess train average generate score
+  --updates N, --seed N (1), --out DIR (work/<corpus>)
+  --any-lines     do not check numbers of lines
+  --baseline NAME paired bootstrap against the model in <out>/NAME
+  --comet         COMET too (unbabel-comet must be installed; downloads its model)
+  --print         print the command that trains, and stop: for torchrun and Slurm
+  -- FLAGS        further flags of fairseq-train
+TEXT
+}
+
+# flags of a model family at any size
+family_flags() {
+    case $1 in
+        dense) echo --moe-freq 0 ;;
+        evomoe) echo --moe-freq 2 --moe-expert-count "$experts" ;;
+        switch | gshard | base | hash) echo --moe-freq 2 --moe-expert-count "$experts" --moe-gate "$1" ;;
+        stable) echo --moe-freq 2 --moe-expert-count "$experts" --moe-gate stable --moe-gate-loss-wt 0.3 ;;
+        memoryformer) echo --moe-freq 0 --memory-ffn --memory-attention --memory-bits 4 ;;
+        *) echo "--model $1: choose dense, evomoe, switch, gshard, base, hash, stable or memoryformer" >&2; return 2 ;;
+    esac
+}
+
+# architecture and optimisation by size
+size_flags() {
+    case $1 in
+        tiny) echo --arch transformer_evomoe --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 64 \
+            --encoder-ffn-embed-dim 128 --dropout 0.1 --lr 5e-3 --warmup-updates 100 --max-tokens 2048 ;;
+        small) echo --arch transformer_evomoe --encoder-layers 3 --decoder-layers 3 --encoder-embed-dim 128 \
+            --encoder-ffn-embed-dim 512 --dropout 0.2 --lr 5e-3 --warmup-updates 600 --max-tokens 4096 ;;
+        base) echo --arch transformer_evomoe_wmt_en_de --dropout 0.1 --lr 7e-4 --warmup-updates 4000 \
+            --warmup-init-lr 1e-7 --max-tokens 4096 ;;
+        big) echo --arch transformer_evomoe_wmt_en_de_big --dropout 0.3 --lr 5e-4 --warmup-updates 4000 \
+            --warmup-init-lr 1e-7 --max-tokens 3584 ;;
+        iwslt) echo --arch transformer_evomoe_iwslt_de_en --dropout 0.3 --weight-decay 1e-4 --lr 5e-4 \
+            --warmup-updates 4000 --max-tokens 4096 ;;
+        *) echo "--size $1: choose tiny, small, iwslt, base or big" >&2; return 2 ;;
+    esac
+}
+
+data= model=evomoe seed=1 only= any_lines= baseline= comet= print=
+WORK=$PWD/work/$(basename "$RECIPE")
+while [ $# -gt 0 ]; do
+    case $1 in
+        --any-lines) any_lines=--any-lines; shift; continue ;;
+        --comet) comet=--comet; shift; continue ;;
+        --print) print=1; shift; continue ;;
+        --data) data=$(cd "$2" && pwd) ;; --model) model=$2 ;; --size) size=$2 ;; --updates) updates=$2 ;;
+        --seed) seed=$2 ;; --steps) only=,$2, ;; --baseline) baseline=$2 ;;
+        --out) mkdir -p "$2"; WORK=$(cd "$2" && pwd) ;;
+        --) shift; break ;;
+        *) usage; echo "unknown option: $1" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+family=$(family_flags "$model") || exit 2
+shape=$(size_flags "$size") || exit 2
+for step in $(echo "$only" | tr , ' '); do
+    case " download extract clean pieces preprocess train average generate score " in
+        *" $step "*) ;;
+        *) usage; echo "--steps: no step is called $step" >&2; exit 2 ;;
+    esac
+done
+
+extras=plots,langid . recipes/environment.sh
+. recipes/translation.sh
+mkdir -p "$WORK"
+eval "$(python - "$RECIPE/corpus.toml" <<'PY'
+import sys
+sys.path.insert(0, "recipes")
+from pathlib import Path
+import corpus
+
+spec = corpus.read(Path(sys.argv[1]))
+print(f"src={spec.source} tgt={spec.target} vocab={spec.vocab} hold_out={spec.hold_out_every}")
+print("tests=(" + " ".join(part.name for part in spec.test) + ")")
+print("clean_flags=(" + ("--filter-languages" if spec.filter_languages else "") + ")")
+byte = "--byte-fallback" if spec.byte_fallback else ""
+print(f"piece_flags=({byte} --max-ratio {spec.max_ratio} --max-length {spec.max_length})")
+PY
+)"
+name=$model-$size-$updates-seed$seed
+every=$((updates / 20 > 0 ? updates / 20 : 1))
+flags=(
+    --task translation_evomoe --source-lang "$src" --target-lang "$tgt" $shape $family
+    --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler inverse_sqrt
+    --max-update "$updates" --seed "$seed" --save-interval-updates "$every" --keep-interval-updates "$average"
+    --no-epoch-checkpoints --log-interval $((every < 25 ? every : 25)) "$@"
+)
+if [ -n "$print" ]; then
+    printf '%q ' fairseq-train "$WORK/bin" --user-dir "$USER_DIR" --save-dir "$WORK/$name" \
+        --share-all-embeddings --required-batch-size-multiple 1 --log-format json "${flags[@]}"
+    echo
+    exit
+fi
+
+# step NAME RESULT COMMAND...: run it unless its result exists or it was not asked for
+step() {
+    local which=$1 result=$2
+    shift 2
+    [ -z "$only" ] || [[ $only = *,$which,* ]] || return 0
+    [ -n "$result" ] && [ -e "$result" ] && return 0
+    echo "$which"
+    "$@"
+}
+
+text=$WORK/text
+mirror=()
+[ -n "$data" ] && mirror=(--mirror "$data")
+step download "$text/${tests[-1]}.$tgt" python recipes/download.py "$RECIPE/corpus.toml" --out "$WORK/archives" "${mirror[@]}"
+step extract "$text/${tests[-1]}.$tgt" python recipes/extract.py "$RECIPE/corpus.toml" \
+    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $any_lines
+held_out=("${tests[@]/#/$text/}")
+[ "$hold_out" = 0 ] && held_out+=("$text/valid") || clean_flags+=(--hold-out-every "$hold_out" --valid "$text/valid")
+step clean "$text/clean.$tgt" python recipes/clean.py --source-lang "$src" --target-lang "$tgt" \
+    --train "$text/train" --held-out "${held_out[@]}" --out "$text/clean" "${clean_flags[@]}"
+step pieces "" pieces "$src" "$tgt" "$vocab" "$text/clean" "$text/valid" "${tests[@]/#/$text/}" -- "${piece_flags[@]}"
+step preprocess "" preprocess "$src" "$tgt" "${#tests[@]}"
+step train "$WORK/$name/averaged.pt" train "$name" "${flags[@]}"
+step average "$WORK/$name/averaged.pt" evomoe-average "$WORK/$name" --last "$average" --output "$WORK/$name/averaged.pt"
+for i in "${!tests[@]}"; do
+    subset=test$([ "$i" = 0 ] || echo "$i")
+    step generate "$WORK/$name/$subset.hyp" translate "$name" averaged.pt "$subset" "$src" "$tgt" \
+        --max-len-a 2 --max-len-b 20 $search
+    against=()
+    [ -n "$baseline" ] && against=(--baseline "$WORK/$baseline/$subset.hyp")
+    step score "" python recipes/score.py --name "$name ${tests[$i]}" --source "$text/${tests[$i]}.$src" \
+        --reference "$text/${tests[$i]}.$tgt" --hypothesis "$WORK/$name/$subset.hyp" \
+        --json "$WORK/scores.jsonl" "${against[@]}" $comet
+done
+if [ "$model" != dense ] && [ "$model" != memoryformer ]; then
+    step score "" python recipes/plot_training.py --log "$WORK/$name/train.log" --out "$WORK/$name/evolution.png"
+fi

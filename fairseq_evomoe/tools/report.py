@@ -1,10 +1,11 @@
-"""`evomoe-report flops`: what a model costs per token, beside a dense model of the same sizes."""
+"""`evomoe-report`: what a model costs per token (flops), and its training on a page (page)."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fairseq_evomoe.tools import page
 from fairseq_evomoe.tools.checkpoint import build, command, flags_of, load, read_flag
 from fairseq_evomoe.tools.cost import costs, total
 
@@ -47,6 +48,9 @@ def table(rows: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.what == "page":
+        page.run(args)
+        return
     if args.context < 1:
         raise ValueError(f"--context {args.context}: give a number of positions, 1 or more")
     rows = flops(args.checkpoint, context=args.context, dtype=args.dtype, data=args.data)
@@ -64,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     flops_parser.add_argument("--dtype", choices=BYTES, default="fp32", help="of the weights")
     flops_parser.add_argument("--data", help="folder with the dictionaries")
     flops_parser.add_argument("--json", type=Path, help="write the rows there as well")
+    page.add_flags(what.add_parser("page", help="runs, experts and scores on one HTML page"))
     return made
 
 

@@ -1,0 +1,199 @@
+"""`evomoe-report page`: runs, experts and scores on one self-contained HTML page."""
+
+import argparse
+import html
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairseq_evomoe.tools import checkpoint
+from fairseq_evomoe.tools.run_log import RunLog, read_log
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#111}
+table{border-collapse:collapse;margin:1rem 0}th,td{padding:.25rem .7rem;
+border-bottom:1px solid #ccc;text-align:right;vertical-align:top}
+th:first-child,td:first-child,td.text{text-align:left}
+svg{max-width:100%;height:auto}figcaption,.note{color:#444}figure{margin:1rem 0}
+"""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table; numbers to the right, text after the first column marked as such."""
+
+    def cell(value: Any) -> str:
+        shown = str(value)
+        if isinstance(value, float | int):
+            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        kind = ' class="text"' if isinstance(value, str) and len(value) > 20 else ""
+        return f"<td{kind}>{html.escape(shown)}</td>"
+
+    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def summary(logs: Sequence[RunLog]) -> str:
+    """One row a run: where it stands, and its best validation."""
+    rows = []
+    for log in logs:
+        last = log.train[-1]
+        best = min((r["loss"] for r in log.valid), default=None)
+        experts = last.get("moe_active_experts", 1.0)
+        rows.append(
+            [
+                *(log.name, int(last["num_updates"]), int(last["tokens"]), last.get("wall", 0.0)),
+                *(last["loss"], "" if best is None else best, experts),
+                last.get("moe_load_max_mean", ""),
+                last.get("moe_dead_experts", ""),
+            ]
+        )
+    head = ["run", "updates", "target tokens", "seconds", "last training loss"]
+    head += ["best valid loss", "active experts", "busiest / mean load", "dead experts"]
+    return table(head, rows)
+
+
+def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
+    """BLEU and chrF with 95 % intervals of 1000 bootstrap resamples.
+
+    Raises:
+        ValueError: files of different lengths.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    lines = lambda path: path.read_text(encoding="utf-8").splitlines()
+    truth, rows = lines(reference), []
+    signature = ""
+    for name, path in hypotheses:
+        found = lines(path)
+        if len(found) != len(truth):
+            raise ValueError(f"{path}: {len(found)} lines, {reference}: {len(truth)}")
+        row = [name]
+        for metric in (BLEU(), CHRF()):
+            score = metric.corpus_score(found, [truth], n_bootstrap=1000)
+            row += [f"{score.score:.2f}", f"{score._mean:.2f} ± {score._ci:.2f}"]
+            signature = signature or str(metric.get_signature())
+        rows.append(row)
+    head = ["hypotheses", "BLEU", "95 % interval", "chrF", "95 % interval"]
+    return table(head, rows) + f'<p class="note">{html.escape(signature)}; 1000 resamples</p>'
+
+
+def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str, str]]:
+    """What a checkpoint tells: costs, how alike its experts are, which words they get."""
+    from fairseq_evomoe.modules.moe_layer import moe_layers
+    from fairseq_evomoe.tools import pictures
+    from fairseq_evomoe.tools.report import flops
+    from fairseq_evomoe.tools.specialists import similarity, specialists
+
+    costs = flops(args.checkpoint, context=args.context, dtype=args.dtype, data=args.data)
+    names = ["macs", "twin_macs", "bytes", "twin_bytes", "parameters", "twin_parameters"]
+    rows = [[kind, *(row[n] / 1e6 for n in names)] for kind, row in costs.items()]
+    rows.sort(key=lambda row: row[0] == "total")
+    head = ["per token, millions", "MACs", "dense", "bytes read", "dense", "weights", "dense"]
+    yield "What a token costs", table(head, rows)
+
+    model, cfg, task = checkpoint.build(args.checkpoint, args.data)
+    if not moe_layers(model):
+        return
+    note = '<p class="note">Cosine of each two experts&#39; weights: 1 is the same expert.</p>'
+    yield (
+        "How alike the experts are",
+        note + picture("likeness", pictures.likeness(similarity(model))),
+    )
+    task.load_dataset(args.subset)
+    found = specialists(model, task, subset=args.subset, max_tokens=args.max_tokens)
+    languages = {
+        "encoder": getattr(cfg.task, "source_lang", None),
+        "decoder": getattr(cfg.task, "target_lang", None),
+    }
+    rows = []
+    for layer, experts in found.items():
+        language = languages.get(layer.split(".")[0]) or ""
+        for e, expert in enumerate(experts):
+            words = ", ".join(f"{w} ({share:.0%} of {n})" for w, n, share in expert.words)
+            where = f"{layer} {language}".strip()
+            rows.append([where, e, f"{expert.share:.1%}", words or "no word more than its share"])
+    head = ["layer, language", "expert", "share of load", "words that come more than their share"]
+    yield "Which words go where", table(head, rows)
+
+
+def sections(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(heading, HTML) of each part for which there is something to show."""
+    from fairseq_evomoe.tools import pictures
+
+    def picture(name: str, figure: Any) -> str:
+        if args.png:
+            args.png.mkdir(parents=True, exist_ok=True)
+        png = args.png / f"{name}.png" if args.png else None
+        return f"<figure>{pictures.svg(figure, png=png)}</figure>"
+
+    logs = [read_log(path, name) for name, path in args.log]
+    if logs:
+        yield "Runs", summary(logs)
+        yield "Loss", picture("losses", pictures.losses(logs))
+    evolved = [log for log in logs if log.layers]
+    if evolved:
+        yield "Evolution", picture("evolution", pictures.evolution(evolved))
+    for log in evolved:
+        yield f"Load of the experts: {log.name}", picture(f"load-{log.name}", pictures.load(log))
+    if args.checkpoint:
+        yield from model_sections(args, picture)
+    if args.hypothesis:
+        yield "Translation", bleu_rows(args.reference, args.hypothesis)
+
+
+def named(text: str) -> tuple[str, Path]:
+    """NAME=PATH, or PATH alone, named after its folder."""
+    name, _, path = text.rpartition("=")
+    return name or Path(path).absolute().parent.name, Path(path)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log", type=named, action="append", default=[], metavar="[NAME=]FILE",
+        help="what fairseq-train printed with --log-format json; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, help="experts and costs of this model")
+    parser.add_argument("--data", help="folder with its dictionaries and data")
+    parser.add_argument("--subset", default="valid", help="words are counted on this set")
+    parser.add_argument("--max-tokens", type=int, default=4000)
+    parser.add_argument("--context", type=int, default=512, help="positions attended to")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"), default="fp32")
+    parser.add_argument("--reference", type=Path, help="detokenised text; with --hypothesis")
+    parser.add_argument(
+        "--hypothesis", type=named, action="append", default=[], metavar="[NAME=]FILE",
+        help="detokenised output, scored against --reference; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--title", default="Training report")
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument("--png", type=Path, help="folder for the pictures as PNG too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page.
+
+    Raises:
+        ValueError: nothing to report on, or a file that does not fit.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("evomoe-report page draws with matplotlib: pip install it") from error
+    if not (args.log or args.checkpoint or args.hypothesis):
+        raise ValueError("give --log, --checkpoint or --hypothesis: there is nothing to report on")
+    if bool(args.hypothesis) != bool(args.reference):
+        raise ValueError("--hypothesis and --reference go together")
+    body = "".join(
+        f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
+        for heading, content in sections(args)
+    )
+    title = html.escape(args.title)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
+    )
+    partial = args.output.with_name(args.output.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(args.output)
+    print(json.dumps({"page": str(args.output), "bytes": len(page.encode())}))

@@ -43,7 +43,9 @@ def fetch(url: str, path: Path, *, tries: int = 5, pause: float = 2.0) -> None:
     partial = path.with_name(path.name + ".partial")
     for attempt in range(tries):
         have = partial.stat().st_size if partial.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        # some servers turn Python's own name away
+        headers = {"User-Agent": "fairseq-evomoe"} | ({"Range": f"bytes={have}-"} if have else {})
+        request = urllib.request.Request(url, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 resumed = answer.status == 206

@@ -2,9 +2,9 @@
 
     python recipes/extract.py recipes/wmt14_en_de/corpus.toml --archives archives --out text
 
-Reads .tgz and .tar members, .gz, SGML and XML test sets, IWSLT's tagged talks; nothing is unpacked
-to disk. Both sides must have the same number of lines, and the published number where that is
-known (--any-lines takes what is there). Plain files SPLIT.LANG in --mirror go before archives.
+Reads members of .tgz, .tar and .zip, .gz, SGML and XML test sets, IWSLT's tagged talks; nothing is
+unpacked to disk. Both sides must have the same number of lines, and the published number where that
+is known (--any-lines takes what is there). Plain files SPLIT.LANG in --mirror go before archives.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import io
 import re
 import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -30,7 +31,10 @@ def opened(where: str, archives: Path) -> Iterator[IO[bytes]]:
     """The bytes of `file` or `file!member`, decompressed."""
     name, _, member = where.partition("!")
     with ExitStack() as stack:
-        if member:
+        if member and name.endswith(".zip"):
+            zipped = stack.enter_context(zipfile.ZipFile(archives / name))
+            raw = stack.enter_context(zipped.open(member))
+        elif member:
             archive = stack.enter_context(tarfile.open(archives / name))
             raw = archive.extractfile(member)
             if raw is None:

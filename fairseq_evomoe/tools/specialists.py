@@ -47,7 +47,9 @@ def specialists(
     """
     model.eval()
     layers = dict(moe_layers(model))
-    came = {n: [Counter() for _ in range(m.cfg.moe_expert_count)] for n, m in layers.items()}
+    came: dict[str, list[Counter[int]]] = {
+        n: [Counter() for _ in range(m.cfg.moe_expert_count)] for n, m in layers.items()
+    }
     seen: dict[str, Counter[int]] = {n: Counter() for n in layers}
 
     def count(name: str, layer: Any):

@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import threading
@@ -13,6 +12,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT, run
+from recipe_kit import recipe
 
 from recipes.quickstart import grammar
 
@@ -310,22 +310,6 @@ def test_frequency_baseline():
         ["the dog", "the cat", "a dog"], ["der Hund", "der Kater", "ein Hund"]
     )
     assert score.word_by_word(["the dog runs"], table) == ["der Hund runs"]
-
-
-def recipe(name, *args, cwd=ROOT, ok=True):
-    """Run a recipe in this environment: set-up sees it as up to date."""
-    home = sys.prefix
-    wanted = subprocess.run(
-        ["bash", "-c", "cat setup.py constraints.txt | cksum"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    for extras in ("plots", "plots,langid"):
-        with open(f"{home}/.evomoe-{extras}", "w") as f:
-            f.write(wanted + "\n")
-    script = ROOT / f"recipes/{name}/run.sh"
-    return run("bash", script, *args, cwd=cwd, env={"EVOMOE_VENV": home}, ok=ok)
 
 
 def test_quickstart(tmp_path):

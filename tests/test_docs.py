@@ -1,0 +1,68 @@
+"""README and docs: true to the code, no dead link."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, train, train_args
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / "recipes").glob("*.md"),
+]
+IDS = [str(p.relative_to(ROOT)) for p in PAGES]
+
+
+def test_the_flags_page_is_the_code():
+    """docs/flags.md is what docs/make_flags.py makes of the dataclasses today."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/make_flags.py"], capture_output=True, text=True, check=True
+    )
+    wanted = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
+    assert done.stdout.strip() == wanted.strip(), "run python docs/make_flags.py --write"
+    for flag in ("--moe-gate", "--memory-bits", "--evo-spawn-update", "--moe-gate-loss-wt"):
+        assert f"| `{flag}` |" in wanted
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+def test_links_lead_somewhere(path):
+    """Every relative link names a file that is there."""
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=IDS)
+def test_flags_in_the_text_exist(path):
+    """A flag of ours that a page names is one that the code has."""
+    flags = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
+    text = re.sub(r"(?s)^\| there \| here \|.*?\n\n", "", path.read_text(encoding="utf-8"))
+    for flag in set(re.findall(r"(?<![\w-])--(?:moe|evo|dts|memory)-[a-z0-9-]*[a-z0-9]", text)):
+        known = f"`{flag}`" in flags or flag in (
+            "--memory-efficient-fp16",
+            "--memory-efficient-bf16",
+        )
+        if path.name != "migration.md":
+            assert known or f"`{flag}-" in flags, flag
+
+
+def test_every_metric_is_explained(toy, tmp_path):
+    """Each routing key that a run logs stands in docs/metrics.md."""
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    rows = train(*train_args(toy, tmp_path, "--max-update", 3, "--moe-z-loss-wt", 0.1))
+    keys = {k.split("/")[0] for row in rows for k in row if k.startswith(("moe_", "memory_"))}
+    assert "moe_active_experts" in keys
+    for key in keys:
+        assert f"`{key}" in text, key
+
+
+def test_commands_that_pages_name_are_installed():
+    """Every evomoe-... command in a page is one of setup.py's."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    names = re.search(r"for name in \(([^)]*)\)", setup)[1]
+    for path in PAGES:
+        for name in re.findall(r"\bevomoe-([a-z]+)\b", path.read_text(encoding="utf-8")):
+            assert f'"{name}"' in names, (path.name, name)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_evomoe.kernels import dispatch_triton, lookup_triton
+from fairseq_evomoe.kernels import dispatch_triton, gate_triton, lookup_triton
 
 TARGETS = (80, 90)
 
@@ -61,6 +61,32 @@ def cases():
         {"W": 512},
         ("width",),
     )
+
+    gate = {
+        **{"z_ptr": "*fp32", "active_ptr": "*i8", "tokens": "i32", "experts": "i32"},
+        **{"tau": "fp32", "noise": "fp32", "seed": "i32"},
+    }
+    for combine in range(4):
+        yield (
+            f"gate forward, weights {combine}",
+            gate_triton._forward,
+            {
+                **{"bias_ptr": "*fp32", "weight_ptr": "*fp32", "probs_ptr": "*fp32", **gate},
+                "threshold": "fp32",
+            },
+            {
+                **{"MOST": 2, "BY_THRESHOLD": True, "COMBINE": combine, "BIASED": True},
+                **{"NOISY": True, "B": 8, "W": 64},
+            },
+            (),
+        )
+        yield (
+            f"gate backward, weights {combine}",
+            gate_triton._backward,
+            {"dweight_ptr": "*fp32", "dprobs_ptr": "*fp32", "dz_ptr": "*fp32", **gate},
+            {"COMBINE": combine, "NOISY": True, "B": 8, "W": 64},
+            (),
+        )
 
     rows = {"width": "i32", "experts": "i32", "place_ptr": "*i32"}
     for weighted, dot in ((False, False), (True, True)):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from gate_kit import HARD, SOFT, D, E, batch, gate, softmax
 
+from fairseq_evomoe.kernels.gate import top_k_mask
 from fairseq_evomoe.modules.gates import GATES
-from fairseq_evomoe.modules.gates.base import top_k_mask
 from fairseq_evomoe.modules.losses import official_balance_loss
 from fairseq_evomoe.modules.plan import Clock, TokenBatch
 

@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 from test_moe_layer import B, D, E, L, ids, layer
 
-from fairseq_evomoe.kernels import grouped_ffn_gpu
+from fairseq_evomoe.kernels import gate, grouped_ffn_gpu
 from fairseq_evomoe.modules.plan import TokenBatch
 
 GATES = {
@@ -43,6 +43,7 @@ def test_same_as_on_a_cpu(name, monkeypatch):
     monkeypatch.delenv("EVOMOE_BACKEND")
     if DEVICE == "cpu":
         monkeypatch.setattr(grouped_ffn_gpu, "why_not", lambda *args: "")
+        monkeypatch.setattr(gate, "why_not", lambda logits, rule: "")
     served = []
     real = grouped_ffn_gpu.sparse_ffn
     spy = lambda *args, **kw: served.append(kw["pairs"]) or real(*args, **kw)

@@ -192,12 +192,6 @@ def mask_of(expert: Tensor, experts: int) -> Tensor:
     return mask.scatter_(1, expert[:, None], True)
 
 
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """The k largest of each row, (T, E) bool; among equals the lower index wins."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
-
-
 def capacity(cfg: MoEConfig, tokens: int, choices: int) -> int:
     """C = ceil(factor * choices * T / E) pairs an expert (arXiv 2006.16668, section 2.2)."""
     share = cfg.moe_capacity_factor * choices * tokens / cfg.moe_expert_count

@@ -8,7 +8,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of, top_k_mask
+from fairseq_evomoe.kernels.gate import top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 try:

@@ -1,15 +1,13 @@
 """The dense-to-sparse (DTS) gate of EvoMoE. Letters: T tokens, E experts."""
 
-import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.kernels.gate import COMBINE, Rule, dense_to_sparse, top_k_mask
 from fairseq_evomoe.modules import losses
-from fairseq_evomoe.modules.gates.base import ScoreGate, top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
-
-COMBINE = ("renorm", "straight", "raw", "softmax")
 
 
 class DenseToSparseGate(ScoreGate):
@@ -92,32 +90,20 @@ class DenseToSparseGate(ScoreGate):
             active = top_k_mask(probs, 1)
             return RoutingPlan(probs * active, active, probs, logits, per_token=1)
 
-        noise = self._noise(logits, clock)
-        p = torch.softmax((logits + noise) / clock.temperature, -1)
-        chosen_by = p
-        if cfg.moe_balance_bias:
-            chosen_by = torch.softmax((self.scores(logits) + noise) / clock.temperature, -1)
-
-        if clock.stage == Stage.HARD:
-            active = top_k_mask(chosen_by, cfg.dts_top_k)
-        else:
-            active = (chosen_by >= cfg.threshold) | top_k_mask(chosen_by, 1)
-            if cfg.dts_max_experts:
-                active &= top_k_mask(chosen_by, cfg.dts_max_experts)
-
-        weights = (probs if cfg.dts_combine == "softmax" else p) * active
-        if cfg.dts_combine in ("renorm", "straight"):
-            total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            weights = weights / (total.detach() if cfg.dts_combine == "straight" else total)
-        fixed = cfg.dts_top_k if clock.stage == Stage.HARD else None
+        hard = clock.stage == Stage.HARD
+        strength = {"none": None, "annealed": clock.warmth, "gumbel": 1.0}[cfg.dts_noise]
+        rule = Rule(
+            clock.temperature,
+            noise=strength if self.training else None,
+            threshold=cfg.threshold,
+            cap=cfg.dts_max_experts,
+            exactly=cfg.dts_top_k if hard else 0,
+            combine=cfg.dts_combine,
+        )
+        bias = cfg.moe_balance_bias * self.bias_steps.float() if cfg.moe_balance_bias else None
+        weights, active, probs = dense_to_sparse(logits, rule, bias, probs)
+        fixed = cfg.dts_top_k if hard else None
         return RoutingPlan(weights, active, probs, logits, per_token=fixed)
-
-    def _noise(self, logits: Tensor, clock: Clock) -> Tensor | float:
-        if not self.training or self.cfg.dts_noise == "none":
-            return 0.0
-        # -log(Exponential(1)) is Gumbel(0, 1)
-        noise = -torch.empty_like(logits).exponential_().log()
-        return noise if self.cfg.dts_noise == "gumbel" else clock.warmth * noise
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         if self.cfg.dts_parity:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of, top_k_mask
+from fairseq_evomoe.kernels.gate import top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
 

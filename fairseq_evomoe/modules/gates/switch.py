@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from fairseq_evomoe.kernels.gate import top_k_mask
 from fairseq_evomoe.modules.gates.base import (
     ScoreGate,
     capacity,
-    top_k_mask,
     within_capacity,
 )
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch

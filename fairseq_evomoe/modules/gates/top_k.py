@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, top_k_mask
+from fairseq_evomoe.kernels.gate import top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
 

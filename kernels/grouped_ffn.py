@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import backend, grouped_ffn_gpu, reference, routing
+from fairseq_evomoe.kernels.compiled_ffn import compiled_moe_ffn, name_of
 
 DENSE_FROM = 0.97
 """Density A / (T E) from which all pairs in place beat gathered rows (measured on a CPU)."""
@@ -75,6 +76,12 @@ def moe_ffn(
                 activation=activation,
                 dropout=dropout,
             )
+    if torch.compiler.is_compiling():
+        seed = torch.zeros((), dtype=torch.int64)
+        if dropout > 0:
+            seed = torch.randint(2**62, (), dtype=torch.int64)
+        told = name_of(activation), dropout
+        return compiled_moe_ffn(x, w1, b1, w2, b2, weights, active, seed, *told)
     token: Tensor | None
     token, counts = routing.sort_pairs(active)
     if sum(counts) >= DENSE_FROM * tokens * experts:

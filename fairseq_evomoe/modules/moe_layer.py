@@ -237,6 +237,13 @@ class EvoMoELayer(RecordingLayer):
         if not (training or self.recording):
             return y
         y = self._touch_idle(y, clock)
+        if torch.compiler.is_compiling():
+            if self.recording:
+                raise RuntimeError(
+                    "torch.compile: routing losses and metrics do not pass through a compiled MoE "
+                    "layer; compile for inference, or train with a criterion of fairseq's own"
+                )
+            return y
         share = self.gate.load(plan)
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
             dist.all_reduce(share)

@@ -173,6 +173,8 @@ class EvolutionMixin:
         for _, layer in moe_layers(model):
             # a dummy batch, for a worker that has run out of data, balances nothing
             layer.gate.counting = not ignore_grad
+            if isinstance(layer.gate, ScoreGate):
+                layer.gate.forget_skipped()
         return super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad, **kw
         )

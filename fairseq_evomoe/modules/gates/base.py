@@ -169,11 +169,13 @@ class ScoreGate(Gate):
             return logits
         return logits + self.cfg.moe_balance_bias * self.bias_steps
 
-    def train(self, mode: bool = True) -> "ScoreGate":
-        """fairseq calls it at the start of every update: what one it skipped has seen, is gone."""
-        if mode and self.cfg.moe_balance_bias:
+    def forget_skipped(self) -> None:
+        """Before a batch: drop the load of an update that fairseq has skipped.
+
+        A router without a gradient is at an update's first batch, and has nothing to remember.
+        """
+        if self.cfg.moe_balance_bias and self.weight.grad is None:
             self.seen = None
-        return super().train(mode)
 
     @torch.no_grad()
     def move_bias(self, all_reduce: Any = None) -> None:

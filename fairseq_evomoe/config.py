@@ -342,6 +342,7 @@ class EvolutionConfig(SplitConfig):
     seed: int = II("common.seed")
     ddp_backend: str = II("distributed_training.ddp_backend")
     zero_sharding: str = II("distributed_training.zero_sharding")
+    write_checkpoints_asynchronously: bool = II("checkpoint.write_checkpoints_asynchronously")
     use_bmuf: bool = II("optimization.use_bmuf")
     amp: bool = II("common.amp")
     fp16: bool = II("common.fp16")

@@ -91,6 +91,10 @@ def expert_mesh(cfg: EvolutionConfig, model: Any) -> Mesh | None:
             cfg.zero_sharding == "os",
             "it shards the optimizer by other rules; leave it out",
         ),
+        "--write-checkpoints-asynchronously": (
+            cfg.expert_parallel_save == "sharded" and cfg.write_checkpoints_asynchronously,
+            "with --expert-parallel-save sharded a folder would wait for its file; leave it out",
+        ),
         "--eval-bleu": (
             getattr(cfg, "eval_bleu", False),
             "workers generate in steps of their own, and would wait for each other for ever; score "

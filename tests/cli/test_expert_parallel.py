@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import USER_DIR, run, tool, train, train_args, train_workers
+from conftest import USER_DIR, build, run, tool, train, train_args, train_workers
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-hard-update", 9)
 # fairseq gives all workers the same random stream, so what is drawn differs from one worker's
@@ -214,13 +214,20 @@ def test_sharded_checkpoints(toy, tmp_path, one):
         ),
         (("--expert-parallel", "--expert-parallel-save", "both"), "choose gathered or sharded"),
         (("--expert-parallel", "--zero-sharding", "os"), "--zero-sharding os: not with"),
+        (
+            (
+                *("--expert-parallel", "--expert-parallel-save", "sharded"),
+                "--write-checkpoints-asynchronously",
+            ),
+            "leave it out",
+        ),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(toy, tmp_path, flags, said):
+def test_what_cannot_be_is_refused(toy, flags, said):
     """Before training, with the flag and the way out."""
     with pytest.raises(ValueError, match=re.escape(said)):
-        train(*train_args(toy, tmp_path, *flags))
+        build(toy, *flags)
 
 
 def test_a_size_that_does_not_divide(toy, tmp_path):

@@ -16,7 +16,6 @@ that are printed with it.
 import argparse
 import math
 import os
-import socket
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from timing import append, machine
 from torch import nn
 from torch.nn import functional as F
 
+from fairseq_evomoe.compat.running import free_port
 from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.plan import RoutingPlan
 from fairseq_evomoe.parallel.mesh import Share, make_mesh
@@ -143,9 +143,7 @@ def worker(rank: int, args: argparse.Namespace, port: int, results) -> None:
 def measure(args: argparse.Namespace) -> None:
     context = torch.multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     started = [
         context.Process(target=worker, args=(r, args, port, results)) for r in range(args.workers)
     ]

@@ -46,6 +46,14 @@ class Corpus:
         return splits | {part.name: [part] for part in self.test}
 
 
+def files(path: Path) -> dict[str, str]:
+    """Names and addresses of what a corpus is downloaded from."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))["files"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        sys.exit(f"{path}: {error}")
+
+
 def _part(entry: dict[str, Any]) -> Part:
     listed = lambda value: [value] if isinstance(value, str) else list(value)
     source = listed(entry["source"])

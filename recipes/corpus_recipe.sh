@@ -90,7 +90,7 @@ flags=(
 )
 if [ -n "$print" ]; then
     printf '%q ' fairseq-train "$WORK/bin" --user-dir "$USER_DIR" --save-dir "$WORK/$name" \
-        --share-all-embeddings --required-batch-size-multiple 1 --log-format json "${flags[@]}"
+        "${TRAINING[@]}" "${flags[@]}"
     echo
     exit
 fi

@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sums = read_sums(args.out)
-    for name, url in corpus.read(args.corpus).files.items():
+    for name, url in corpus.files(args.corpus).items():
         path = args.out / name
         if args.mirror and not (args.mirror / name).exists():
             print(f"{name}: not in {args.mirror}; its text must be there as plain files")

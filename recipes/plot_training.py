@@ -6,7 +6,6 @@ Reads what fairseq-train prints with `--log-format json`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,15 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LOAD = "moe_load/"
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The JSON lines of training (not validation), numbers as floats, in the order of updates."""
-    marker = "| train_inner | {"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [json.loads("{" + line.split(marker, 1)[1]) for line in lines if marker in line]
-    return [{k: float(v) for k, v in row.items() if v is not None} for row in found]
+from fairseq_evomoe.tools.run_log import read_log
 
 
 def main() -> None:
@@ -31,13 +22,15 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = [r for r in read_log(args.log) if "moe_active_experts" in r]
+    try:
+        log = read_log(args.log)
+    except ValueError as error:
+        sys.exit(str(error))
+    rows = [r for r in log.train if "moe_active_experts" in r]
     if not rows:
         sys.exit(f"{args.log}: no training lines of an MoE model; is --log-format json set?")
     updates = [r["num_updates"] for r in rows]
-    found = {k.split("/")[1] for r in rows for k in r if k.startswith(LOAD)}
-    # the encoder first, layers by number
-    layers = sorted(found, key=lambda n: (n.startswith("decoder"), int(n.split(".")[1])))
+    layers = log.layers
 
     figure, axes = plt.subplots(
         2 + len(layers), 1, sharex=True, figsize=(8, 4.2 + 1.1 * len(layers)), layout="constrained"
@@ -56,8 +49,7 @@ def main() -> None:
             if int(before["moe_stage"]) != int(after["moe_stage"]):
                 axis.axvline(after["num_updates"], color="grey", linewidth=0.8)
 
-    for axis, layer in zip(axes[2:], layers, strict=True):
-        keys = sorted({k for r in rows for k in r if k.startswith(f"{LOAD}{layer}/")})
+    for axis, (layer, keys) in zip(axes[2:], layers.items(), strict=True):
         share = [[r.get(k, 1.0 if k.endswith("/e0") else 0.0) for r in rows] for k in keys]
         image = axis.imshow(
             share,

@@ -28,14 +28,16 @@ preprocess() {
     touch "$WORK/bin/preprocess.done"
 }
 
+# what every training has, and what --print shows
+TRAINING=(--share-all-embeddings --required-batch-size-multiple 1 --log-format json)
+
 # train NAME [flags]: -> $WORK/NAME/checkpoint_last.pt and $WORK/NAME/train.log
 train() {
     local name=$1
     shift
     mkdir -p "$WORK/$name"
     fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
-        --share-all-embeddings --required-batch-size-multiple 1 --num-workers 0 \
-        --log-format json "$@" >>"$WORK/$name/train.log" 2>&1 ||
+        --num-workers 0 "${TRAINING[@]}" "$@" >>"$WORK/$name/train.log" 2>&1 ||
         { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
 }
 

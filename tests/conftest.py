@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -182,11 +181,11 @@ def train_workers(workers, *args):
 
     They are forks of this process, which spares each the seconds in which fairseq is imported.
     """
+    from fairseq_evomoe.compat.running import free_port
+
     context = torch.multiprocessing.get_context("fork")
     lines = context.SimpleQueue()
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     started = [
         context.Process(target=_worker, args=(rank, workers, port, args, lines))
         for rank in range(workers)

@@ -65,7 +65,7 @@ def start_cpu_workers() -> None:
             if flags.distributed_no_spawn:
                 return original(cfg, main, **kwargs)
             if flags.distributed_init_method is None:
-                port = flags.distributed_port if flags.distributed_port > 0 else _free_port()
+                port = flags.distributed_port if flags.distributed_port > 0 else free_port()
                 flags.distributed_init_method = f"tcp://localhost:{port}"
             flags.distributed_num_procs = flags.distributed_world_size
             flags.distributed_rank = None
@@ -82,7 +82,8 @@ def start_cpu_workers() -> None:
     wrap(distributed_utils, "call_main", make)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]

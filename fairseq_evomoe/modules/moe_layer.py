@@ -75,12 +75,12 @@ class EvoMoELayer(RecordingLayer):
             self.experts = MemoryBank(fc1.in_features, memory or MemoryConfig(), **common)
         else:
             self.experts = ExpertBank(fc1, fc2, activation=activation, **common)
-        self.share = share_of(int(common["num_experts"]), shared=cfg.moe_shared_expert)
+        share = share_of(int(common["num_experts"]), shared=cfg.moe_shared_expert)
         # what the first entry of this worker's experts is until the split
         self._base: dict[str, Tensor] = {}
-        if self.share is not None:
-            self._keep_base()
-            self.experts.keep(self.share)
+        if share is not None:
+            self._base = {n: p.detach()[0].clone() for n, p in self.experts.named_parameters()}
+            self.experts.keep(share)
         self.schedule: EvolutionSchedule | None = None
         self.num_updates, self.spawned = 0, True
         self._saved: Clock | None = None
@@ -99,8 +99,8 @@ class EvoMoELayer(RecordingLayer):
     @spawned.setter
     def spawned(self, yes: bool) -> None:
         self._spawned = yes
-        if self.share is not None:
-            self.share.split = yes
+        if self.experts.share is not None:
+            self.experts.share.split = yes
 
     def follow(self, schedule: EvolutionSchedule) -> None:
         """Take the stages from `schedule`; before the split unless it lies at update 0."""
@@ -109,9 +109,6 @@ class EvoMoELayer(RecordingLayer):
             for name, base in self._base.items():
                 self.experts.get_parameter(name).data[0] = base
         self._base = {}
-
-    def _keep_base(self) -> None:
-        self._base = {n: p.detach()[0].clone() for n, p in self.experts.named_parameters()}
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq's hook: called with the number of finished updates, in any order."""
@@ -145,9 +142,9 @@ class EvoMoELayer(RecordingLayer):
         part, own = next(iter(self.experts.named_parameters()))
         saved = state_dict.get(f"{prefix}experts.{part}")
         counts = {own.size(0)}
-        if self.share is not None:
+        if self.experts.share is not None:
             # a running average (--store-ema) is restored from this worker's own part as well
-            counts = {self.share.total} | (set() if hasattr(own, "expert") else counts)
+            counts = {self.experts.share.total} | (set() if hasattr(own, "expert") else counts)
         if saved is None:
             args[-1].append(
                 f"{self.name}: the checkpoint has no such experts; evomoe-upcycle makes them from "
@@ -159,12 +156,14 @@ class EvoMoELayer(RecordingLayer):
                 f"{self.name}: the checkpoint has {saved.size(0) - shared} experts; give "
                 f"--moe-expert-count {saved.size(0) - shared}"
             )
-        elif self.share is not None:
+        elif self.experts.share is not None:
             clock = state_dict.get(f"{prefix}_extra_state")
             split = clock is None or bool(clock[3])
             for name, p in self.experts.named_parameters(f"{prefix}experts"):
                 if name in state_dict:
-                    state_dict[name] = own_part(state_dict[name], self.share, p.shape, split=split)
+                    state_dict[name] = own_part(
+                        state_dict[name], self.experts.share, p.shape, split=split
+                    )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def restore(self, num_updates: int, clock: Clock, *, spawned: bool) -> None:

@@ -67,15 +67,21 @@ def collect(part: Tensor, share: Share) -> Tensor | None:
     return None if parts is None else share.whole([p.cpu() for p in parts])
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Tensor, Share]]:
-    """(index in the optimizer's state, key, moment, share) of the parameters shared out."""
+def _stacks(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, nn.Parameter, Share]]:
+    """(index in the optimizer's state, parameter, share) of what is shared out."""
     groups: Iterable[dict[str, Any]] = optimizer.param_groups
     for index, p in enumerate(p for g in groups for p in g["params"]):
         share = getattr(p, "expert", None)
         if isinstance(share, Share):
-            for key, value in sorted(optimizer.state.get(p, {}).items()):
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    yield index, key, value, share
+            yield index, p, share
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Tensor, Share]]:
+    """(index in the optimizer's state, key, moment, share) of the parameters shared out."""
+    for index, p, share in _stacks(optimizer):
+        for key, value in sorted(optimizer.state.get(p, {}).items()):
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                yield index, key, value, share
 
 
 def local_optimizer_state(
@@ -83,11 +89,9 @@ def local_optimizer_state(
 ) -> dict[str, Any]:
     """An optimizer's state of whole stacks -> with this worker's share of each."""
     own = {k: dict(v) if isinstance(v, dict) else v for k, v in state["state"].items()}
-    for index, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        share = getattr(p, "expert", None)
-        if isinstance(share, Share):
-            for key, value in own.get(index, {}).items():
-                own[index][key] = own_part(value, share, p.shape, split=share.split)
+    for index, p, share in _stacks(optimizer):
+        for key, value in own.get(index, {}).items():
+            own[index][key] = own_part(value, share, p.shape, split=share.split)
     return {**state, "state": own}
 
 

@@ -18,9 +18,6 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from fairseq_evomoe.compat.wrapping import wrap
 from fairseq_evomoe.parallel.mesh import Share
@@ -49,6 +46,9 @@ def new_folder(updates: int) -> str:
 
 def write(folder: Path, parts: dict[str, tuple[Tensor, Share]]) -> None:
     """Write this worker's parts of stacked tensors; every worker of the group must call it."""
+    # half a second to import, in every command, if it stood above
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
     entries = {
         f"{name}/{expert}": part[slot]
         for name, (part, share) in parts.items()
@@ -67,6 +67,8 @@ def read(folder: Path, name: str, experts: list[int] | None = None, total: int =
     Raises:
         ValueError: the folder is missing, lacks them, or is of another number of experts.
     """
+    from torch.distributed.checkpoint import FileSystemReader, load
+
     reader = FileSystemReader(folder)
     try:
         known = reader.read_metadata().state_dict_metadata

@@ -9,6 +9,7 @@ out, as there. Attention is counted over s positions, causal or not.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.modules import MultiheadAttention
 from torch import nn
@@ -18,6 +19,10 @@ from fairseq_evomoe.modules.memory_experts import MemoryBank
 from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryLayer
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.schedule import Stage
+from fairseq_evomoe.tools.checkpoint import read_flag
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+"""Of a weight, by its type."""
 
 
 @dataclass(frozen=True)
@@ -145,3 +150,21 @@ def total(parts: list[Cost]) -> dict[str, dict[str, float]]:
             for name in _SUMMED:
                 row[name] += getattr(part, name)
     return made
+
+
+def per_token(model: nn.Module, flags: Any, *, context: int, dtype: str) -> dict[str, dict]:
+    """Costs by kind of a model, with the bytes of weights that a token reads.
+
+    Args:
+        flags: of the model, which say how wide the dense twin's FFN is.
+        context: positions that a token attends to.
+        dtype: of the weights, for the bytes: one of `BYTES`.
+    """
+    hidden = {s: read_flag(flags, f"{s}_ffn_embed_dim") for s in ("encoder", "decoder")}
+    # fairseq's rule: a decoder without a width of its own has the encoder's
+    hidden["decoder"] = hidden["decoder"] or hidden["encoder"]
+    rows = total(list(costs(model, context=context, hidden=hidden)))
+    for row in rows.values():
+        row["bytes"] = row["reads"] * BYTES[dtype]
+        row["twin_bytes"] = (row["twin_macs"] - (row["macs"] - row["reads"])) * BYTES[dtype]
+    return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_evomoe.tools import checkpoint
+from fairseq_evomoe.tools.cost import BYTES, per_token
 from fairseq_evomoe.tools.run_log import RunLog, read_log
 
 STYLE = """
@@ -83,17 +84,16 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
     """What a checkpoint tells: costs, how alike its experts are, which words they get."""
     from fairseq_evomoe.modules.moe_layer import moe_layers
     from fairseq_evomoe.tools import pictures
-    from fairseq_evomoe.tools.report import flops
     from fairseq_evomoe.tools.specialists import similarity, specialists
 
-    costs = flops(args.checkpoint, context=args.context, dtype=args.dtype, data=args.data)
+    model, cfg, task = checkpoint.build(args.checkpoint, args.data)
+    costs = per_token(model, cfg.model, context=args.context, dtype=args.dtype)
     names = ["macs", "twin_macs", "bytes", "twin_bytes", "parameters", "twin_parameters"]
     rows = [[kind, *(row[n] / 1e6 for n in names)] for kind, row in costs.items()]
     rows.sort(key=lambda row: row[0] == "total")
     head = ["per token, millions", "MACs", "dense", "bytes read", "dense", "weights", "dense"]
     yield "What a token costs", table(head, rows)
 
-    model, cfg, task = checkpoint.build(args.checkpoint, args.data)
     if not moe_layers(model):
         return
     note = '<p class="note">Cosine of each two experts&#39; weights: 1 is the same expert.</p>'
@@ -159,7 +159,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", default="valid", help="words are counted on this set")
     parser.add_argument("--max-tokens", type=int, default=4000)
     parser.add_argument("--context", type=int, default=512, help="positions attended to")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"), default="fp32")
+    parser.add_argument("--dtype", choices=BYTES, default="fp32")
     parser.add_argument("--reference", type=Path, help="detokenised text; with --hypothesis")
     parser.add_argument(
         "--hypothesis", type=named, action="append", default=[], metavar="[NAME=]FILE",

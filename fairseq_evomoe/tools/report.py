@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_evomoe.tools import page
-from fairseq_evomoe.tools.checkpoint import build, command, flags_of, load, read_flag
-from fairseq_evomoe.tools.cost import costs, total
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+from fairseq_evomoe.tools.checkpoint import build, command, flags_of, load
+from fairseq_evomoe.tools.cost import BYTES, per_token
 
 
 def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> dict:
@@ -17,19 +15,12 @@ def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> d
 
     Args:
         context: positions that a token attends to.
-        dtype: of the weights, for the bytes: one of `BYTES`.
+        dtype: of the weights, for the bytes: one of `cost.BYTES`.
         data: folder with the dictionaries; None: the one named in the checkpoint.
     """
     flags = flags_of(load(path))
     model, _, _ = build(path, data)
-    hidden = {s: read_flag(flags, f"{s}_ffn_embed_dim") for s in ("encoder", "decoder")}
-    # fairseq's rule: a decoder without a width of its own has the encoder's
-    hidden["decoder"] = hidden["decoder"] or hidden["encoder"]
-    rows = total(list(costs(model, context=context, hidden=hidden)))
-    for row in rows.values():
-        row["bytes"] = row["reads"] * BYTES[dtype]
-        row["twin_bytes"] = (row["twin_macs"] - (row["macs"] - row["reads"])) * BYTES[dtype]
-    return rows
+    return per_token(model, flags, context=context, dtype=dtype)
 
 
 def table(rows: dict) -> str:

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LOAD = "moe_load/"
+from fairseq_evomoe.compat.running import DETAIL
+
 Row = dict[str, float]
 
 
@@ -30,7 +31,7 @@ class RunLog:
     @property
     def layers(self) -> dict[str, list[str]]:
         """MoE layer -> the keys of its experts' load; the encoder first, layers by number."""
-        keys = {k for r in self.train for k in r if k.startswith(LOAD)}
+        keys = {k for r in self.train for k in r if k.startswith(DETAIL)}
         number = lambda text: int("".join(c for c in text if c.isdigit()) or 0)
         found: dict[str, list[str]] = {}
         for key in sorted(keys, key=lambda k: number(k.split("/")[2])):

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 from fairseq import options, tasks, utils  # noqa: E402
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.optim import build_optimizer  # noqa: E402
-from gates import GATES, TASKS, USER_DIR, flags_of, prepare  # noqa: E402
+from gate_tasks import GATES, TASKS, USER_DIR, flags_of, prepare  # noqa: E402
 from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
 
 from fairseq_evomoe.tools.cost import costs, total  # noqa: E402

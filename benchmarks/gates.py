@@ -5,203 +5,98 @@
         -- --dts-temperature-end 0.1
 
 A run trains with the real fairseq-train, on one thread so that several fit side by side;
-translation is scored by fairseq-generate and sacreBLEU. All runs of a task share data, order of
-batches, model, number of updates, experts and, in the end, active experts per token (1; gshard 2,
-mixture all; in translation expert_choice has experts in the encoder alone); only the gate's flags
-differ. Rows are appended to the csv; a run whose row is there is not repeated.
-
-Tasks: `multi30k`, English-German captions (train, valid, test2016 .en and .de); `lm`, four English
-texts (Shakespeare, speeches, encyclopedia), each cut into 94 % train, 3 % valid, 3 % test; `mlm`,
-the same texts, masked.
+translation is scored by fairseq-generate and sacreBLEU, a masked LM by fine-tuning it. All runs of
+a task (`gate_tasks.py`) share data, order of batches, model, number of updates, experts and, in
+the end, active experts per token (1; gshard 2, mixture all; in translation expert_choice has
+experts in the encoder alone); only the gate's flags differ. Rows are appended to the csv, ten
+points of each run's curve to `curves.csv` beside it; a run whose row is there is not repeated.
 """
 
 import argparse
 import csv
 import json
-import os
 import re
-import subprocess
+import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 import sacrebleu
-import sentencepiece as spm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+from gate_tasks import (  # noqa: E402
+    BIN,
+    GATES,
+    ROBERTA,
+    TASKS,
+    USER_DIR,
+    flags_of,
+    lines_of,
+    prepare,
+    prepare_classes,
+    run,
+)
 from timing import append, machine  # noqa: E402
 
-BIN = Path(sys.executable).parent
-USER_DIR = ROOT / "fairseq_evomoe"
-TEXTS = ("tinyshakespeare.txt", "state_union.txt", "inaugural.txt", "wikitext2.raw.valid.txt")
-
 FIELDS = (
-    "task gate label seed updates experts flags valid_nll_bits test_nll_bits bleu chrf "
+    "task gate label seed updates experts flags valid_nll_bits test_nll_bits bleu chrf accuracy "
     "active_experts load_max_mean dead_experts threads device torch date"
 ).split()
-
-BALANCED = ("--moe-gate-loss-wt", "0.01")
-UNBALANCED = ("--moe-gate-loss-wt", "0")
-PRE_NORM = ("--encoder-normalize-before", "--decoder-normalize-before")
-LOOK_UPS = ("--moe-freq", "0", *PRE_NORM)
-GATES: dict[str, tuple[str, ...]] = {
-    "dense": ("--moe-freq", "0"),
-    "mixture": ("--moe-gate", "dense", *BALANCED),
-    "switch": ("--moe-gate", "switch", *BALANCED),
-    "switch_capacity": ("--moe-gate", "switch", "--moe-capacity-factor", "1.25", *BALANCED),
-    "gshard": ("--moe-gate", "gshard", *BALANCED),
-    "bias": ("--moe-gate", "switch", "--moe-balance-bias", "0.01", *UNBALANCED),
-    "base": ("--moe-gate", "base", *UNBALANCED),
-    "hash": ("--moe-gate", "hash", *UNBALANCED),
-    "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
-    "expert_choice": ("--moe-gate", "expert_choice", *UNBALANCED),
-    "switch_evo": ("--moe-gate", "switch", "--evo-spawn-update", "{tenth}", *BALANCED),
-    "dts": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED),
-    "evomoe": ("--moe-gate", "dts", *BALANCED),
-    "dense_pre": ("--moe-freq", "0", *PRE_NORM),
-    "memoryformer": (*LOOK_UPS, "--memory-ffn", "--memory-attention"),
-    "memoryformer_abs": (
-        *(*LOOK_UPS, "--memory-ffn", "--memory-attention"),
-        *("--memory-score", "abs_prob", "--memory-lr-scale", "1"),
-    ),
-    "memory_out": (
-        *(*LOOK_UPS, "--memory-ffn", "--memory-attention", "--memory-out-proj", "dense"),
-    ),
-    "memory_ffn": (*LOOK_UPS, "--memory-ffn"),
-    "memory_half": (*LOOK_UPS, "--memory-ffn", "--memory-layers", "1,3"),
-    "memory_experts": (
-        *("--moe-gate", "dts", "--expert-type", "memory", "--memory-bits", "6"),
-        *(*PRE_NORM, *BALANCED),
-    ),
-}
-"""Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one. Look-ups
-stand where the norm comes first, beside `dense_pre`; a language model has that anyway."""
-
-TASKS: dict[str, dict] = {
-    "multi30k": {
-        "updates": 500,
-        "experts": 4,
-        "vocab": 4000,
-        "flags": (
-            *("--task", "translation_evomoe", "-s", "en", "-t", "de", "--share-all-embeddings"),
-            *("--arch", "transformer_evomoe", "--encoder-layers", "2", "--decoder-layers", "2"),
-            *("--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"),
-            *("--criterion", "moe_label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
-            *("--dropout", "0.1", "--lr", "5e-3", "--warmup-updates", "200"),
-            *("--max-tokens", "2560", "--required-batch-size-multiple", "1"),
-        ),
-    },
-    "lm": {
-        "updates": 500,
-        "experts": 8,
-        "vocab": 2000,
-        "flags": (
-            *("--task", "language_modeling_evomoe", "--tokens-per-sample", "128"),
-            *("--arch", "transformer_lm_evomoe", "--share-decoder-input-output-embed"),
-            *("--decoder-normalize-before",),
-            *("--decoder-embed-dim", "128", "--decoder-ffn-embed-dim", "512"),
-            *("--criterion", "moe_cross_entropy", "--dropout", "0.1"),
-            *("--lr", "3e-3", "--warmup-updates", "100", "--max-tokens", "2048"),
-        ),
-    },
-    "mlm": {
-        "updates": 500,
-        "experts": 8,
-        "vocab": 2000,
-        "flags": (
-            *("--task", "masked_lm_evomoe", "--tokens-per-sample", "128", "--seed", "1"),
-            *("--arch", "roberta_evomoe", "--encoder-embed-dim", "128"),
-            *("--encoder-ffn-embed-dim", "512", "--criterion", "moe_masked_lm"),
-            *("--lr", "3e-3", "--warmup-updates", "100", "--max-tokens", "2048"),
-        ),
-    },
-}
-
-
-def run(*command: str | Path, out: Path) -> None:
-    with out.open("w") as log:
-        code = subprocess.call(
-            [str(c) for c in command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if code:
-        sys.exit(f"{command[0]} exited {code}; the end of {out}:\n{out.read_text()[-3000:]}")
-
-
-def prepare(task: str, data: Path, out: Path) -> Path:
-    """Pieces and binarised data for a task, once; the folder."""
-    folder = out / ("multi30k" if task == "multi30k" else "texts")
-    done = folder / "bin" / "done"
-    if done.exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    languages = ("en", "de") if task == "multi30k" else ("",)
-    splits = read_multi30k(data) if task == "multi30k" else read_texts(data)
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for side in splits["train"] for line in side]),
-        model_prefix=str(folder / "spm"),
-        vocab_size=TASKS[task]["vocab"],
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    pieces = spm.SentencePieceProcessor(model_file=str(folder / "spm.model"))
-    for split, sides in splits.items():
-        for language, lines in zip(languages, sides, strict=True):
-            text = "\n".join(" ".join(p) for p in pieces.encode(lines, out_type=str)) + "\n"
-            (folder / f"{split}{language and '.' + language}").write_text(text, encoding="utf-8")
-    kind = ("-s", "en", "-t", "de", "--joined-dictionary") if languages[0] else ("--only-source",)
-    prefixes = [x for s in splits for x in (f"--{s}pref", folder / s)]
-    run(
-        BIN / "fairseq-preprocess", *kind, *prefixes, "--destdir", folder / "bin",
-        out=folder / "preprocess.log",
-    )  # fmt: skip
-    done.touch()
-    return folder
-
-
-def lines_of(path: Path) -> list[str]:
-    if not path.is_file():
-        sys.exit(f"no such file: {path}; give the folder with --data")
-    return [" ".join(x.split()) for x in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_multi30k(data: Path) -> dict[str, list[list[str]]]:
-    names = {"train": "train", "valid": "valid", "test": "test2016"}
-    return {s: [lines_of(data / f"{n}.{x}") for x in ("en", "de")] for s, n in names.items()}
-
-
-def read_texts(data: Path) -> dict[str, list[list[str]]]:
-    splits: dict[str, list[list[str]]] = {"train": [[]], "valid": [[]], "test": [[]]}
-    for name in TEXTS:
-        lines = [x for x in lines_of(data / name) if x]
-        a, b = int(0.94 * len(lines)), int(0.97 * len(lines))
-        for split, part in (("train", lines[:a]), ("valid", lines[a:b]), ("test", lines[b:])):
-            splits[split][0] += part
-    return splits
+CURVE = "task gate label seed updates experts at tokens valid_nll_bits active_experts".split()
 
 
 def rows_in(log: Path, kind: str) -> list[dict]:
     return [json.loads(x) for x in re.findall(rf"\| {kind} \| (\{{.*\}})", log.read_text())]
 
 
-def flags_of(task: str, gate: str, updates: int) -> list[str]:
-    """The flags that a gate adds to a task's."""
-    flags = [f.format(tenth=updates // 10) for f in GATES[gate]]
-    if gate == "expert_choice" and task == "multi30k":
-        # a decoder cannot have it
-        flags += ["--encoder-moe-freq", "2", "--moe-freq", "0"]
-    if task == "lm":
-        flags = [f for f in flags if f != PRE_NORM[0]]
-    return flags
+def curve(log: Path) -> list[dict]:
+    """One row a validation: update, tokens seen, NLL, and the mean number of active experts in
+    training since the row before."""
+    trained, points, before = rows_in(log, "train_inner"), [], 0
+    for row in rows_in(log, "valid"):
+        at = int(row["valid_num_updates"])
+        done = [r for r in trained if int(r["num_updates"]) <= at]
+        since = [r for r in done if int(r["num_updates"]) > before]
+        active = [float(r.get("moe_active_experts") or 1) for r in since]
+        points.append(
+            {
+                "at": at,
+                "tokens": round(at * statistics.mean(float(r["wpb"]) for r in done)),
+                "valid_nll_bits": row.get("valid_nll_loss", row["valid_loss"]),
+                "active_experts": round(statistics.mean(active), 3) if active else "",
+            }
+        )
+        before = at
+    return points
+
+
+def fine_tune(checkpoint: Path, classes: Path, experts: int, seed: int, flags: list[str]) -> float:
+    """Accuracy, %, on the test passages after two epochs over the training passages."""
+    out = checkpoint.parent / "tuned"
+    out.mkdir(exist_ok=True)
+    for left_over in out.glob("checkpoint*"):
+        left_over.unlink()
+    mine = [f for i, f in enumerate(flags) if not {f, flags[i - 1]} & {"--evo-spawn-update"}]
+    run(
+        BIN / "fairseq-train", classes, "--user-dir", USER_DIR, "--task", "sentence_prediction",
+        "--num-classes", 4, "--init-token", 0, "--separator-token", 2, "--restore-file",
+        checkpoint, "--reset-optimizer", "--reset-dataloader", "--reset-meters",
+        "--reset-lr-scheduler", *ROBERTA, "--max-positions", 128, "--moe-expert-count", experts,
+        "--criterion", "moe_sentence_prediction", "--optimizer", "adam", "--lr", "5e-4",
+        "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 50, "--batch-size", 32,
+        "--max-epoch", 2, "--seed", seed, "--required-batch-size-multiple", 1, "--cpu",
+        "--num-workers", 0, "--no-save", "--save-dir", out, "--log-format", "json", *mine,
+        out=out / "train.log",
+    )  # fmt: skip
+    return float(rows_in(out / "train.log", "valid")[-1]["valid_accuracy"])
 
 
 def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], folder: Path) -> dict:
     setup = TASKS[task]
     updates = args.updates or setup["updates"]
+    every = max(1, updates // args.points)
     experts = args.experts or setup["experts"]
     work = args.out / f"{task}-{gate}-{label or 'plain'}-{updates}-{experts}-seed{seed}"
     work.mkdir(parents=True, exist_ok=True)
@@ -214,21 +109,17 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "inverse_sqrt",
         "--moe-expert-count", experts, "--max-update", updates, "--seed", seed,
         "--save-dir", work, "--no-epoch-checkpoints", "--no-save-optimizer-state", "--cpu",
-        "--num-workers", "0", "--log-format", "json", "--log-interval", "20",
-        "--validate-interval-updates", updates, "--validate-interval", "999",
+        "--num-workers", "0", "--log-format", "json", "--log-interval", min(every, 20),
+        "--validate-interval-updates", every, "--validate-interval", "999",
         "--save-interval", "999", *flags,
         out=work / "train.log",
     )  # fmt: skip
     last = rows_in(work / "train.log", "valid")[-1]
     assert int(last["valid_num_updates"]) == updates
     checkpoint = work / "checkpoint_last.pt"
+    key = dict(task=task, gate=gate, label=label, seed=seed, updates=updates, experts=experts)
     row = {
-        "task": task,
-        "gate": gate,
-        "label": label,
-        "seed": seed,
-        "updates": updates,
-        "experts": experts,
+        **key,
         "flags": " ".join(extra),
         "valid_nll_bits": last.get("valid_nll_loss", last["valid_loss"]),
         "active_experts": last.get("valid_moe_active_experts", 1),
@@ -238,7 +129,7 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         "threads": 1,
     }
     common = ["--user-dir", USER_DIR, "--cpu", "--num-workers", "0", "--path", checkpoint]
-    if task == "multi30k" and args.score:
+    if args.score and task.startswith("multi30k"):
         run(
             BIN / "fairseq-generate", folder / "bin", *common, "--beam", "4", "--max-tokens", 6000,
             "--remove-bpe", "sentencepiece", "--required-batch-size-multiple", "1",
@@ -247,19 +138,24 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", (work / "test.gen").read_text(), re.MULTILINE)
         hypotheses = [h for _, h in sorted(found, key=lambda x: int(x[0]))]
         (work / "test.hyp").write_text("\n".join(hypotheses) + "\n")
-        reference = lines_of(args.data / "test2016.de")
+        reference = lines_of(args.data / f"test2016.{setup['flags'][3]}")
         row["bleu"] = round(sacrebleu.corpus_bleu(hypotheses, [reference]).score, 2)
         row["chrf"] = round(sacrebleu.corpus_chrf(hypotheses, [reference]).score, 2)
-    if args.score and task != "multi30k":
-        named = setup["flags"][1]
+    elif args.score:
         run(
-            BIN / "fairseq-validate", folder / "bin", *common, "--task", named, "--valid-subset",
-            "test", "--max-tokens", "2048", "--tokens-per-sample", "128", "--log-format", "json",
+            BIN / "fairseq-validate", folder / "bin", *common, "--task", setup["flags"][1],
+            "--valid-subset", "test", "--max-tokens", "2048", "--tokens-per-sample", "128",
+            "--seed", seed, "--log-format", "json",
             out=work / "test.log",
         )  # fmt: skip
         tested = rows_in(work / "test.log", "test")[-1]
         row["test_nll_bits"] = tested.get("test_nll_loss", tested["test_loss"])
-    checkpoint.unlink()
+    if args.score and task == "mlm":
+        classes = prepare_classes(args.data, folder)
+        row["accuracy"] = fine_tune(checkpoint, classes, experts, seed, flags)
+    append(args.csv.parent / "curves.csv", CURVE, [key | x for x in curve(work / "train.log")])
+    if not args.keep:
+        checkpoint.unlink()
     (work / "checkpoint_best.pt").unlink(missing_ok=True)
     return row
 
@@ -278,6 +174,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "work/gates")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/gates.csv")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--points", type=int, default=10, help="validations in a run")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints, in --out")
     parser.add_argument("--no-score", dest="score", action="store_false", help="validation only")
     own, extra = sys.argv[1:], []
     if "--" in own:
@@ -286,7 +184,8 @@ def main() -> None:
     args = parser.parse_args(own)
     folder = prepare(args.task, args.data, args.out)
     updates = args.updates or TASKS[args.task]["updates"]
-    key = lambda r: tuple(str(r[k]) for k in ("task", "gate", "label", "seed", "updates", "flags"))
+    names = ("task", "gate", "label", "seed", "updates", "flags")
+    key = lambda r: tuple(str(r[k]) for k in names)
     seen, lock = set(), Lock()
     if args.csv.exists():
         with args.csv.open() as f:

@@ -59,6 +59,11 @@ class TokenBatch:
         rows = torch.arange(self.ids.size(0), device=self.ids.device)
         return self._real(rows.expand(self.ids.size(1), -1))
 
+    @property
+    def place(self) -> Tensor:
+        """Place of each real token in its row, from 1, padding not counted, (T,) int64."""
+        return self._real(self.ids.ne(self.pad).cumsum(1).t())
+
 
 @dataclass(frozen=True)
 class RoutingPlan:

@@ -84,7 +84,7 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
     """What a checkpoint tells: costs, how alike its experts are, which words they get."""
     from fairseq_evomoe.modules.moe_layer import moe_layers
     from fairseq_evomoe.tools import pictures
-    from fairseq_evomoe.tools.specialists import similarity, specialists
+    from fairseq_evomoe.tools.specialists import activity, similarity, specialists, watch
 
     model, cfg, task = checkpoint.build(args.checkpoint, args.data)
     costs = per_token(model, cfg.model, context=args.context, dtype=args.dtype)
@@ -102,7 +102,8 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
         note + picture("likeness", pictures.likeness(similarity(model))),
     )
     task.load_dataset(args.subset)
-    found = specialists(model, task, subset=args.subset, max_tokens=args.max_tokens)
+    seen = watch(model, task, subset=args.subset, max_tokens=args.max_tokens)
+    found = specialists(task, seen)
     languages = {
         "encoder": getattr(cfg.task, "source_lang", None),
         "decoder": getattr(cfg.task, "target_lang", None),
@@ -116,6 +117,21 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
             rows.append([where, e, f"{expert.share:.1%}", words or "no word more than its share"])
     head = ["layer, language", "expert", "share of load", "words that come more than their share"]
     yield "Which words go where", table(head, rows)
+    used = {layer: activity(s) for layer, s in seen.items()}
+    if all(a.mean == round(a.mean) for a in used.values()):
+        return
+    rows = []
+    for layer, a in used.items():
+        rows += [
+            [layer, f"words of frequency class {i} ({n} words)", tokens, mean]
+            for i, (n, tokens, mean) in enumerate(a.by_frequency, 1)
+        ]
+        rows += [
+            [layer, f"place {first} to {last} of the sentence", tokens, mean]
+            for first, last, tokens, mean in a.by_place
+        ]
+    head = ["layer", "which tokens", "tokens", "active experts"]
+    yield "How many experts a token uses", table(head, rows)
 
 
 def sections(args: argparse.Namespace) -> Iterator[tuple[str, str]]:

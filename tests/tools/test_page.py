@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import run, tool, train_args
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.tools import checkpoint, page, report
 from fairseq_evomoe.tools.run_log import read_log
-from fairseq_evomoe.tools.specialists import similarity, specialists
+from fairseq_evomoe.tools.specialists import activity, similarity, specialists, watch
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--max-update", 12)
 
@@ -75,7 +76,8 @@ def test_specialists_add_up(trained, toy):
     """Shares of a layer sum to 1, and a word's counts over its experts to its pairs."""
     model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
     task.load_dataset("valid")
-    found = specialists(model, task, subset="valid", max_tokens=500, most=10**6)
+    seen = watch(model, task, subset="valid", max_tokens=500)
+    found = specialists(task, seen, most=10**6)
     assert list(found) == ["encoder.1", "decoder.1"]
     for experts in found.values():
         assert sum(e.share for e in experts) == pytest.approx(1)
@@ -85,6 +87,32 @@ def test_specialists_add_up(trained, toy):
     text = (toy / "valid.en").read_text().split()
     word = max((w for w in every if w in text), key=text.count)
     assert round(every[word]) == text.count(word)
+
+
+def test_activity_adds_up(trained, toy):
+    """Active experts by frequency and by place: classes hold all tokens and share one mean; where
+    each token has two experts, all means are 2; places are counted without padding."""
+    model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
+    task.load_dataset("valid")
+    (layer, *_) = [m for _, m in moe_layers(model)]
+    layer.gate.register_forward_hook(
+        lambda gate, args, plan: replace(plan, active=plan.probs >= plan.probs.topk(2)[0][:, 1:])
+    )
+    seen = watch(model, task, subset="valid", max_tokens=500)
+    lines = [x.split() for x in (toy / "valid.en").read_text().splitlines()]
+    text = sum(len(x) + 1 for x in lines)
+    for name, layer_seen in seen.items():
+        found = activity(layer_seen)
+        assert len(found.by_frequency) <= 5
+        for classes in ([x[1:] for x in found.by_frequency], [x[2:] for x in found.by_place]):
+            tokens = sum(n for n, _ in classes)
+            assert sum(n * mean for n, mean in classes) == pytest.approx(found.mean * tokens)
+            if name == layer.name:
+                assert tokens == text and all(mean == 2 for _, mean in classes)
+        first = found.by_place[0]
+        assert first[:2] == (1, 1) and first[2] == len(lines)
+    usual = [n for _, n, _ in activity(seen[layer.name]).by_frequency]
+    assert max(usual) < 2 * text / 5
 
 
 def test_similarity(trained, toy):

@@ -128,7 +128,8 @@ class Activity:
 def activity(seen: Seen, *, classes: int = 5, lengths: int = 6) -> Activity:
     """The number of active experts against how frequent a word is, and where it stands."""
     total = sum(seen.seen.values())
-    by_frequency, words, tokens, experts, passed = [], 0, 0, 0, 0
+    by_frequency: list[tuple[int, int, float]] = []
+    words = tokens = experts = passed = 0
     order = seen.seen.most_common()
     for i, (word, n) in enumerate(order):
         words, tokens, passed = words + 1, tokens + n, passed + n

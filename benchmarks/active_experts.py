@@ -1,0 +1,68 @@
+"""What does the number of active experts of a DTS gate depend on?
+
+    python benchmarks/gates.py --task lm --data DIR --gates evomoe --seeds 1 --label adaptive \\
+        --keep -- --dts-hard-update 0
+    python benchmarks/active_experts.py --task lm --data DIR --label adaptive --seed 1
+
+A model that keeps its threshold to the end (no hard stage) goes over its validation set; a row for
+each layer and each class of word frequency and of place in the sentence.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+from gate_tasks import TASKS, prepare  # noqa: E402
+from timing import append, machine  # noqa: E402
+
+from fairseq_evomoe.tools import checkpoint  # noqa: E402
+from fairseq_evomoe.tools.specialists import activity, watch  # noqa: E402
+
+FIELDS = (
+    "task gate label seed updates layer by class tokens active_experts threads device torch date"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--gate", default="evomoe")
+    parser.add_argument("--label", default="")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--updates", type=int)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--out", type=Path, default=ROOT / "work/gates")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/active_experts.csv")
+    args = parser.parse_args()
+    folder = prepare(args.task, args.data, args.out)
+    updates = args.updates or TASKS[args.task]["updates"]
+    experts = args.experts or TASKS[args.task]["experts"]
+    name = f"{args.task}-{args.gate}-{args.label or 'plain'}-{updates}-{experts}-seed{args.seed}"
+    path = args.out / name / "checkpoint_last.pt"
+    if not path.is_file():
+        sys.exit(f"no such file: {path}; train it with gates.py --keep, as --help says")
+    model, _, task = checkpoint.build(path, str(folder / "bin"))
+    task.load_dataset("valid")
+    run = dict(task=args.task, gate=args.gate, label=args.label, seed=args.seed, updates=updates)
+    rows = []
+    for layer, seen in watch(model, task, subset="valid", max_tokens=4096).items():
+        found = activity(seen)
+        common = run | {"layer": layer} | machine()
+        total = sum(n for _, n, _ in found.by_frequency)
+        classes = [("all", "", total, found.mean)]
+        classes += [("frequency", f"{n} words", t, mean) for n, t, mean in found.by_frequency]
+        classes += [("place", f"{a}-{b}", t, mean) for a, b, t, mean in found.by_place]
+        for by, kind, tokens, mean in classes:
+            row = {"by": by, "class": kind, "tokens": tokens, "active_experts": round(mean, 3)}
+            rows.append(common | row)
+            print(layer, *row.values())
+    append(args.csv, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()

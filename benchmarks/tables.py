@@ -14,6 +14,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from gate_tasks import TASKS
+
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {"multi30k": "Translation", "lm": "Language model"}
 RESULT = {
@@ -73,10 +75,11 @@ def line(cells: list[str]) -> str:
 
 
 def by_gate(rows: list[dict[str, str]], task: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of a task with no flags of their own, by gate."""
+    """Rows of a task's own length and number of experts with no flags of their own, by gate."""
+    usual = {k: str(TASKS[task][k]) for k in ("updates", "experts")}
     found = defaultdict(list)
     for row in rows:
-        if row["task"] == task and not row["label"]:
+        if row["task"] == task and not row["label"] and row.items() >= usual.items():
             found[row["gate"]].append(row)
     return found
 
@@ -133,7 +136,8 @@ def look_ups(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str)
 def sweep(rows: list[dict[str, str]], task: str) -> None:
     by_label = defaultdict(list)
     for row in rows:
-        if row["task"] == task and row["gate"] in ("evomoe", "dts"):
+        usual = row["experts"] == str(TASKS[task]["experts"])
+        if row["task"] == task and usual and row["gate"] in ("evomoe", "dts"):
             by_label[row["gate"], row["label"], row["flags"], row["updates"]].append(row)
     head = ["gate", "flags", "updates", "seeds", "valid NLL, bits", "BLEU", "load max/mean", "dead"]
     print(line(head) + "\n" + line(["---"] * len(head)))

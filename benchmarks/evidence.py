@@ -1,0 +1,320 @@
+"""The tables of docs/evidence.md, from the rows in benchmarks/results/.
+
+python benchmarks/evidence.py             all of them
+python benchmarks/evidence.py --write     into the page, and the plots beside it
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import plots
+from gate_tasks import TASKS
+from tables import NAMES, RESULTS, by_gate, fill, line, numbers, read, spread
+
+Row = dict[str, str]
+PAGE = RESULTS.parent.parent / "docs/evidence.md"
+GATES = plots.GATES
+TITLES = {
+    "multi30k": "Multi30k, English to German",
+    "multi30k_de": "Multi30k, German to English",
+    "lm": "Causal LM",
+    "mlm": "Masked LM",
+}
+TESTS = {
+    "multi30k": (("BLEU", "bleu", 2), ("chrF", "chrf", 2)),
+    "multi30k_de": (("BLEU", "bleu", 2), ("chrF", "chrf", 2)),
+    "lm": (("test NLL", "test_nll_bits", 3),),
+    "mlm": (("test NLL", "test_nll_bits", 3), ("fine-tuned, %", "accuracy", 2)),
+}
+EXPERT_MMACS = 2 * 2 * 128 * 512 / 1e6
+"""Of one more active expert in both MoE layers of the language models."""
+ABLATIONS = {
+    "spawn point": ("dts", "", "spawn100", "spawn250"),
+    "diversify": ("", "copy", "noise", "drop"),
+    "temperature": ("", "start5", "cold"),
+    "schedule": ("", "exponential", "cosine"),
+    "threshold": ("", "threshold0", "threshold1"),
+    "noise": ("", "gumbel"),
+    "balance weight": ("balance0", "", "balance0.1"),
+    "number at the end": ("", "adaptive", "adaptive0.5"),
+}
+"""Labels of rows of the gate evomoe; `dts`, that gate, is the split at update 0."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([line(list(head)), line(["---"] * len(head)), *(line(list(r)) for r in rows)])
+
+
+def difference(mine: list[Row], other: list[Row], key: str, digits: int) -> str:
+    """Mean of the differences at equal seeds, and the lowest and highest."""
+    pairs = {r["seed"]: float(r[key]) for r in other if r[key]}
+    each = [float(r[key]) - pairs[r["seed"]] for r in mine if r[key] and r["seed"] in pairs]
+    if not each:
+        return "-"
+    if len(each) == 1:
+        return f"{each[0]:+.{digits}f}"
+    low, high = min(each), max(each)
+    return f"{statistics.mean(each):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def quality(rows: list[Row]) -> str:
+    """All gates on all tasks: results, and differences to Switch at the same seed."""
+    parts = []
+    for task, title in TITLES.items():
+        found = by_gate(rows, task)
+        tests = TESTS[task]
+        head = ["gate", "seeds", "valid NLL", *(name for name, *_ in tests)]
+        head += ["valid NLL - Switch's", f"{tests[-1][0]} - Switch's"]
+        lines = []
+        for gate in GATES:
+            mine = found.get(gate, [])
+            if not mine:
+                continue
+            cells = [NAMES[gate], str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3)]
+            cells += [spread(numbers(mine, key), digits) for _, key, digits in tests]
+            _, key, digits = tests[-1]
+            cells += [difference(mine, found["switch"], "valid_nll_bits", 3)]
+            cells += [difference(mine, found["switch"], key, digits)]
+            lines.append(cells if gate != "switch" else [*cells[:-2], "", ""])
+        parts.append(f"**{title}** ({TASKS[task]['updates']} updates)\n\n{table(head, lines)}\n")
+    return "\n".join(parts)
+
+
+def significance(rows: list[Row]) -> str:
+    """Paired bootstrap of BLEU, per seed: how often better, how often surely so."""
+    grouped = defaultdict(list)
+    for row in rows:
+        grouped[row["task"], row["gate"], row["against"]].append(row)
+    lines = []
+    for (task, gate, against), mine in grouped.items():
+        better = [r for r in mine if float(r["bleu_difference"]) > 0]
+        sure = lambda some: sum(float(r["p"]) < 0.05 for r in some)
+        lines.append(
+            [
+                *(TITLES[task], NAMES[gate], NAMES[against], str(len(mine))),
+                spread(numbers(mine, "bleu_difference"), 2),
+                f"{len(better)}, {sure(better)}",
+                f"{len(mine) - len(better)}, {sure([r for r in mine if r not in better])}",
+            ]
+        )
+    head = ["task", "gate", "against", "seeds", "BLEU difference"]
+    return table(head + ["better, with p < 0.05", "worse, with p < 0.05"], lines)
+
+
+class Speeds:
+    """Training speed and MACs of a gate with a given number of active experts."""
+
+    def __init__(self, speed: list[Row]) -> None:
+        self.rows = {(r["task"], r["gate"]): r for r in speed}
+
+    def seconds(self, task: str, gate: str, active: float) -> float:
+        """Of one token; between one and all experts in proportion to the active ones."""
+        known = lambda name: 1 / float(self.rows[task, name]["tokens_per_s"])
+        name = {"dts": "evomoe", "switch_evo": "switch"}.get(gate, gate)
+        one, every = known(name), known("mixture")
+        if gate not in ("dts", "evomoe"):
+            return one
+        return one + (every - one) * (active - 1) / (TASKS[task]["experts"] - 1)
+
+    def mmacs(self, task: str, gate: str, active: float) -> float:
+        one = float(self.rows[task, "dense"]["mmacs_per_token"])
+        return one + (active - 1) * EXPERT_MMACS
+
+
+def reach_of(points: list[Row], target: float) -> list[tuple[int, float]] | None:
+    """Stretches of a run, (updates, active experts), until it first reaches a loss; None: never.
+
+    Between two validations the loss is taken to fall in a straight line.
+    """
+    stretches: list[tuple[int, float]] = []
+    at, loss = 0, None
+    for point in points:
+        now, value, active = (
+            int(point["at"]),
+            float(point["valid_nll_bits"]),
+            point["active_experts"],
+        )
+        width, reached = now - at, value <= target
+        if reached and loss is not None and loss > target:
+            width = round(width * (loss - target) / (loss - value))
+        stretches.append((width, float(active or 1)))
+        if reached:
+            return stretches
+        at, loss = now, value
+    return None
+
+
+def reach(curves: list[Row], speed: list[Row], task: str, updates: str) -> str:
+    """What each gate needs to reach the loss that Switch ends with, at the same seed."""
+    runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in curves:
+        usual = row["experts"] == str(TASKS[task]["experts"]) and not row["label"]
+        if row["task"] == task and row["updates"] == updates and usual:
+            runs[row["gate"], row["seed"]].append(row)
+    cost, timed = Speeds(speed), task if task == "lm" else "lm"
+    seeds = sorted({s for g, s in runs if g == "switch"})
+    lines = []
+    for gate in GATES:
+        found = [s for s in seeds if (gate, s) in runs]
+        if not found:
+            continue
+        each: dict[str, list[float]] = defaultdict(list)
+        for s in found:
+            final = runs["switch", s][-1]
+            mine = reach_of(runs[gate, s], float(final["valid_nll_bits"]))
+            if mine is None:
+                continue
+            for name, per_update in (
+                ("updates", lambda g, a: 1.0),
+                ("MACs", lambda g, a: cost.mmacs(timed, g, a)),
+                ("seconds", lambda g, a: cost.seconds(timed, g, a)),
+            ):
+                theirs = int(updates) * per_update("switch", 1.0)
+                each[name].append(theirs / sum(n * per_update(gate, a) for n, a in mine))
+            each["after"].append(sum(n for n, _ in mine))
+        reached = len(each["after"])
+        cells = [NAMES[gate], f"{reached} of {len(found)}", spread(each["after"], 0)]
+        lines.append(cells + [spread(each[k], 2) for k in ("updates", "MACs", "seconds")])
+    head = ["gate", "seeds that reach it", "after updates"]
+    head += [f"{k}: Switch's over its own" for k in ("updates = tokens", "MACs", "seconds")]
+    return table(head, lines)
+
+
+def ablations(rows: list[Row], task: str = "lm") -> str:
+    """Variations of EvoMoE, one thing at a time, against the defaults at the same seed."""
+    updates, experts = str(TASKS[task]["updates"]), str(TASKS[task]["experts"])
+    by_label = defaultdict(list)
+    for row in rows:
+        dts = row["gate"] == "dts" and not row["label"]
+        if (row["task"], row["updates"], row["experts"]) != (task, updates, experts):
+            continue
+        if row["gate"] == "evomoe" or dts:
+            by_label["dts" if dts else row["label"]].append(row)
+    lines = []
+    for what, labels in ABLATIONS.items():
+        for label in labels:
+            mine = by_label.get(label, [])
+            if not mine or not label:
+                continue
+            flags = mine[0]["flags"] or "--evo-spawn-update 0"
+            cells = [what, f"`{flags}`", str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3)]
+            cells += [difference(mine, by_label[""], "valid_nll_bits", 3)]
+            cells += [spread(numbers(mine, "active_experts"), 2)]
+            lines.append(cells + [spread(numbers(mine, "load_max_mean"), 2)])
+    head = ["what", "flags", "seeds", "valid NLL", "difference to the defaults"]
+    return table([*head, "active experts at the end", "load max/mean"], lines)
+
+
+def number_of_experts(rows: list[Row], task: str = "lm") -> str:
+    """Switch and EvoMoE with 2 to 64 experts, the same seed."""
+    lines = []
+    found = {
+        (r["gate"], int(r["experts"])): r
+        for r in rows
+        if r["task"] == task and r["seed"] == "1" and not r["label"]
+        if r["updates"] == str(TASKS[task]["updates"]) and r["gate"] in ("switch", "evomoe")
+    }
+    for experts in sorted({e for _, e in found}):
+        pair = [found.get((g, experts)) for g in ("switch", "evomoe")]
+        cells = [r["valid_nll_bits"] if r else "-" for r in pair]
+        cells += [f"{float(r['load_max_mean']):.2f}" if r else "-" for r in pair]
+        cells += [f"{float(r['dead_experts'] or 0):.0%}" if r else "-" for r in pair]
+        lines.append([str(experts), *cells])
+    head = ["experts", "Switch", "EvoMoE", "load max/mean: Switch", "EvoMoE"]
+    return table([*head, "dead: Switch", "EvoMoE"], lines)
+
+
+def active_experts(rows: list[Row]) -> str:
+    """Active experts of the models that keep their threshold, by what they may depend on."""
+    layers = sorted({(r["task"], r["layer"]) for r in rows})
+    classes: dict[tuple[str, str], dict[tuple[str, str], Row]] = defaultdict(dict)
+    order: dict[str, int] = defaultdict(int)
+    for row in rows:
+        at = row["class"]
+        if row["by"] == "frequency":
+            order[row["task"] + row["layer"]] += 1
+            at = f"{order[row['task'] + row['layer']]}"
+        classes[row["by"], at][row["task"], row["layer"]] = row
+    lines = []
+    for (by, at), cells in classes.items():
+        name = {"all": "all tokens", "frequency": f"frequency class {at}"}.get(by, f"place {at}")
+        values = [cells.get(x) for x in layers]
+        lines.append([name, *(f"{float(r['active_experts']):.2f}" if r else "" for r in values)])
+    return table(["tokens", *(f"{t}, {n}" for t, n in layers)], lines)
+
+
+def hours(rows: list[Row], speed: list[Row], curves: list[Row]) -> str:
+    """Core-hours of training, by the measured speeds."""
+    per_second = {(r["task"], r["gate"]): float(r["tokens_per_s"]) for r in speed}
+    tokens: dict[str, float] = {}
+    for row in curves:
+        tokens[row["task"]] = int(row["tokens"]) / int(row["at"])
+    lines, total = [], 0.0
+    for task, title in TITLES.items():
+        mine = [r for r in rows if r["task"] == task]
+        timed = "multi30k" if task.startswith("multi30k") else "lm"
+        known = lambda g, t=timed: per_second.get((t, g)) or per_second[t, "evomoe"]
+        size = tokens.get(task) or tokens.get(timed) or 2048
+        seconds = sum(int(r["updates"]) * size / known(r["gate"]) for r in mine)
+        total += seconds
+        updates = sum(int(r["updates"]) for r in mine)
+        lines.append([title, str(len(mine)), f"{updates:,}", f"{seconds / 3600:.1f}"])
+    lines.append(["all", str(len(rows)), "", f"{total / 3600:.1f}"])
+    return table(["task", "runs", "updates", "core-hours of training"], lines)
+
+
+def memory(rows: list[Row], task: str = "lm") -> str:
+    """Variations of the look-ups, and dense models of other widths."""
+    wanted = ("dense", "memoryformer", "memoryformer_abs", "memory_ffn", "memory_half")
+    wanted += ("memory_out", "memory_experts")
+    by_kind = defaultdict(list)
+    for row in rows:
+        usual = row["updates"] == str(TASKS[task]["updates"])
+        if row["task"] == task and usual and row["gate"] in wanted:
+            by_kind[row["gate"], row["flags"]].append(row)
+    lines = []
+    for (gate, flags), mine in sorted(by_kind.items(), key=lambda x: (wanted.index(x[0][0]), x[0])):
+        cells = [gate, f"`{flags}`" if flags else "", str(len(mine))]
+        cells += [spread(numbers(mine, "valid_nll_bits"), 3)]
+        lines.append(cells + [spread(numbers(mine, "test_nll_bits"), 3)])
+    return table(["model", "flags", "seeds", "valid NLL", "test NLL"], lines)
+
+
+def made() -> dict[str, str]:
+    """Name of each place in the page -> its text."""
+    load: Any = lambda name: read(RESULTS / f"{name}.csv") if has(name) else []
+    has = lambda name: (RESULTS / f"{name}.csv").exists()
+    rows, curves, speed = load("gates"), load("curves"), load("gate_speed")
+    return {
+        "quality": quality(rows),
+        "significance": significance(load("significance")),
+        "reach lm": reach(curves, speed, "lm", "800"),
+        "reach mlm": reach(curves, speed, "mlm", str(TASKS["mlm"]["updates"])),
+        "ablations": ablations(rows),
+        "experts": number_of_experts(rows),
+        "active experts": active_experts(load("active_experts")),
+        "memory": memory(rows),
+        "compute": hours(rows, speed, curves),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="bring the page up to date")
+    args = parser.parse_args()
+    for name, text in made().items():
+        if args.write:
+            fill(PAGE, name, text.rstrip() + "\n")
+        else:
+            print(f"## {name}\n\n{text}\n")
+    if args.write:
+        plots.draw(PAGE.parent / "evidence", TITLES)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,10 @@
 
 import os
 
-_here = os.path.dirname(os.path.abspath(__file__))
+_here = os.path.dirname(os.path.realpath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):
-    # a checkout keeps kernels/ and criterions/ beside this folder; a wheel has them inside
+    # a checkout, linked to or not, keeps kernels/ and criterions/ beside this folder; a wheel
+    # has them inside
     __path__.append(os.path.dirname(_here))
 
 __version__ = "0.1.0"

@@ -62,6 +62,14 @@ def test_mending_twice_changes_nothing():
     assert (options.parse_args_and_arch, data_utils.batch_by_size) == before
 
 
+def test_a_set_whose_samples_are_all_too_long_says_so():
+    """Not an IndexError in fairseq."""
+    with pytest.raises(ValueError, match="no sample is left.*--max-tokens"):
+        data_utils.batch_by_size(
+            np.arange(0), num_tokens_fn=lambda i: 1, max_tokens=10, required_batch_size_multiple=8
+        )
+
+
 def test_threads_that_load_batches_end_before_the_interpreter():
     """One that waits for room in a full queue stops, without eating the rest of its source."""
     taken = []

@@ -20,14 +20,23 @@ def keep_last_batch() -> None:
     """`--required-batch-size-multiple` (8 by default) drops the last batch: sentences vanish.
 
     Training, validation and fairseq-generate lose the last n mod 8 sentences, the longest. They
-    come back as one batch more.
+    come back as one batch more. Where every sentence was filtered out, fairseq ends with an
+    IndexError; here the message says what filters them.
     """
 
     def make(original):
         def batch_by_size(indices, *args, **kwargs):
             if not isinstance(indices, np.ndarray):
                 indices = np.fromiter(indices, dtype=np.int64, count=-1)
-            batches = original(indices, *args, **kwargs)
+            try:
+                batches = original(indices, *args, **kwargs)
+            except IndexError:
+                if len(indices):
+                    raise
+                raise ValueError(
+                    "no sample is left: each is longer than --max-tokens, --max-source-positions, "
+                    "--max-target-positions or --tokens-per-sample allow, or the set is empty"
+                ) from None
             fixed_shapes = kwargs.get("fixed_shapes") is not None or len(args) > 5
             kept = sum(len(b) for b in batches)
             if fixed_shapes or kept == len(indices):

@@ -11,15 +11,15 @@ BLOCKS = re.findall(r"(?s)```bash\n(.*?)```", (ROOT / "README.md").read_text(enc
 TRAINS = [b for b in BLOCKS if "fairseq-train" in b]
 STAGES = "--evo-spawn-update 1 --dts-anneal-updates 1 --max-update 6 --save-interval-updates 1"
 RUN = "--cpu --num-workers 0 --keep-interval-updates 5 " + STAGES
+ENCODER = "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --encoder-attention-heads 2 "
+ENCODER += "--encoder-layers 2"
 SMALL = {
-    "translation_evomoe": f"{RUN} --max-tokens 400 --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 "
-    "--encoder-attention-heads 2 --decoder-attention-heads 2 --encoder-layers 2 --decoder-layers 2",
+    "translation_evomoe": f"{RUN} {ENCODER} --max-tokens 400 --decoder-layers 2 "
+    "--decoder-attention-heads 2",
     "language_modeling_evomoe": f"{RUN} --decoder-embed-dim 32 --decoder-ffn-embed-dim 64 "
     "--decoder-attention-heads 2 --decoder-layers 2 --tokens-per-sample 64",
-    "masked_lm_evomoe": f"{RUN} --encoder-embed-dim 32 --encoder-ffn-embed-dim 64 "
-    "--encoder-attention-heads 2 --encoder-layers 2",
-    "sentence_prediction": "--cpu --num-workers 0 --max-epoch 1 --encoder-embed-dim 32 "
-    "--encoder-ffn-embed-dim 64 --encoder-attention-heads 2 --encoder-layers 2",
+    "masked_lm_evomoe": f"{RUN} {ENCODER}",
+    "sentence_prediction": f"--cpu --num-workers 0 --max-epoch 1 {ENCODER}",
 }
 """Task -> what follows the README's own flags: later flags win."""
 

@@ -52,7 +52,8 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
+        "dev": ["build", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
+        "docs": ["furo", "myst-parser", "sphinx"],
         "export": ["safetensors"],
         "langid": ["py3langid"],
         "plots": ["matplotlib"],

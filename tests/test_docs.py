@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, train, train_args
+from conftest import ROOT, run, train, train_args
 
 PAGES = [
     ROOT / "README.md",
@@ -66,3 +66,18 @@ def test_commands_that_pages_name_are_installed():
     for path in PAGES:
         for name in re.findall(r"\bevomoe-([a-z]+)\b", path.read_text(encoding="utf-8")):
             assert f'"{name}"' in names, (path.name, name)
+
+
+def test_the_site_builds(tmp_path):
+    """Sphinx makes the pages and the API of the docstrings without a warning; all are linked."""
+    pytest.importorskip("myst_parser")
+    command = (sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs")
+    run(*command, ROOT, tmp_path)
+    index = (tmp_path / "docs/index.html").read_text(encoding="utf-8")
+    for page in PAGES:
+        name = page.relative_to(ROOT).with_suffix(".html")
+        assert (tmp_path / name).exists(), name
+        if page.name != "index.md":
+            assert name.name in index, f"docs/index.md does not list {page.name}"
+    api = (tmp_path / "docs/api.html").read_text(encoding="utf-8")
+    assert "EvoMoELayer" in api and "eq. 11 of arXiv 2411.12992" in api

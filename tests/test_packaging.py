@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, train_args
 
 LOAD = """
 import sys
@@ -90,16 +90,17 @@ def test_editable_install(checkout, environment, tmp_path, mode):
     load(python, copy / "fairseq_evomoe", tmp_path)
 
 
-def test_wheel(checkout, environment, tmp_path):
-    """From a wheel, `--user-dir fairseq_evomoe` works in any folder, beside a clone too."""
+def test_wheel(checkout, environment, tmp_path, toy):
+    """`python -m build`: a wheel out of the source archive, which therefore lacks nothing. From it,
+    `--user-dir fairseq_evomoe` works in any folder, beside a clone too; a training run and a tool
+    outside the checkout."""
     python, packages = environment
     copy = tmp_path / "repo"
     shutil.copytree(checkout, copy)
-    run(
-        *(python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
-        *("-w", tmp_path, copy),
-    )
+    run(python, "-m", "build", "--no-isolation", "--outdir", tmp_path, copy)
     (wheel,) = tmp_path.glob("*.whl")
+    (source,) = tmp_path.glob("*.tar.gz")
+    assert wheel.name.split("-")[1] == source.name.split("-")[1].removesuffix(".tar.gz")
     install(python, wheel)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -115,6 +116,14 @@ def test_wheel(checkout, environment, tmp_path):
         for p in (checkout / "fairseq_evomoe").rglob("*.py")
     } | {f"{d}/{p.name}" for d in ("kernels", "criterions") for p in (checkout / d).glob("*.py")}
     assert names == sources, "every module of the checkout is in the wheel"
+    inside_kernels = {p.name for p in (inside / "kernels/csrc").iterdir()}
+    assert inside_kernels == {p.name for p in (checkout / "kernels/csrc").iterdir()}
+    words = train_args(toy, elsewhere / "run", "--max-update", 2)
+    words[words.index("--user-dir") + 1] = "fairseq_evomoe"
+    run(python, "-m", "fairseq_cli.train", *words, cwd=elsewhere)
+    model = elsewhere / "run/checkpoint_last.pt"
+    tool = (python, "-m", "fairseq_evomoe.tools.report", "flops", model, "--data", toy / "bin")
+    assert "MAC" in run(*tool, cwd=elsewhere)
 
 
 def test_another_package_named_kernels_stays_importable(checkout, environment):

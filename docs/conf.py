@@ -1,0 +1,29 @@
+"""The site of these pages: `sphinx-build -W -c docs . work/site`, from the checkout's root."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "fairseq_evomoe"
+root_doc = "docs/index"
+# the pages stand where they are read on any code host, too
+include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "recipes/*.md"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = project
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_use_ivar = True
+default_role = "code"
+
+
+def setup(app):
+    """Norms |z| in docstrings are no substitutions of reStructuredText."""
+
+    def escape(app, what, name, obj, options, lines):
+        lines[:] = [line.replace("|", "\\|") for line in lines]
+
+    app.connect("autodoc-process-docstring", escape)

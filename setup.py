@@ -55,6 +55,7 @@ setup(
         "dev": ["build", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
         "docs": ["furo", "myst-parser", "sphinx"],
         "export": ["safetensors"],
+        "hub": ["datasets"],
         "langid": ["py3langid"],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],

@@ -4,9 +4,11 @@
     python recipes/hydra_config.py flags > recipes/wmt14_en_de/evomoe.yaml
 
     fairseq-hydra-train --config-dir recipes/wmt14_en_de --config-name evomoe \\
-        task.data=$PWD/work/wmt14_en_de/bin common.user_dir=$PWD/fairseq_evomoe
+        task.data=$PWD/work/wmt14_en_de/bin common.user_dir=$PWD/fairseq_evomoe \\
+        checkpoint.save_dir=$PWD/work/hydra optimization.max_update=1000 ++common.cpu=true
 
-Paths are left to the command line. Each flag stands in the group of fairseq's configuration that it
+Paths (`???` in the file) are left to the command line; what the file does not name takes ++ there.
+Each flag stands in the group of fairseq's configuration that it
 belongs to; what is not given is left to the defaults, which both commands share.
 """
 
@@ -28,7 +30,8 @@ NAMES = {
     "optimizer": "optimizer",
     "lr_scheduler": "lr_scheduler",
 }
-PATHS = ("user_dir", "save_dir")
+PATHS = {"task": "data", "common": "user_dir", "checkpoint": "save_dir"}
+"""Group -> the path that the command line gives."""
 
 
 def parse(flags: list[str]) -> dict[str, Any]:
@@ -77,13 +80,15 @@ def grouped(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
     known = {group: fields_of(group) for group in GROUPS}
     found: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for field, value in fields.items():
-        if field in PATHS:
+        if field in PATHS.values():
             continue
         if field in NAMES:
             found[NAMES[field]] = {"_name": value} | found[NAMES[field]]
             continue
         home = next((g for g in GROUPS if field in known[g]), "model")
         found[home][field] = [value] if field in ("lr", "update_freq") else value
+    for group, field in PATHS.items():
+        found[group][field] = "???"
     return {group: values for group, values in found.items() if values}
 
 

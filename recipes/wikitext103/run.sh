@@ -6,126 +6,14 @@
 #   bash recipes/wikitext103/run.sh --task mlm --classes DIR --text "sentence1 sentence2"
 #                                   then fine-tunes on DIR/{train,dev}.tsv, as GLUE has them
 #
-# options: --model M      dense, evomoe, switch, gshard, base, hash, stable, memoryformer (evomoe)
-#          --size S       tiny, small, base (GPT small, RoBERTa base)  --vocab N (32000)
-#          --data DIR     {train,valid,test}.txt, or the archive   --out DIR (work/wikitext103)
-#          --updates N (50000)  --seed N (1)  --label NAME (label)  -- further fairseq-train flags
-#
-# Quoted, not measured here: fairseq's transformer_lm has perplexity 30.5 a word on the test set.
-# OpenWebText: save its documents as train.txt, a paragraph a line, an empty line between documents.
+# 103 million words. Quoted, not measured here: fairseq's transformer_lm has perplexity 30.5 a word on
+# the test set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-
-data= task=lm model=evomoe size=base vocab=32000 updates=50000 seed=1 classes= columns=sentence label=label
-WORK=$PWD/work/wikitext103
-while [ $# -gt 0 ]; do
-    case $1 in
-        --data) data=$(cd "$2" && pwd) ;; --task) task=$2 ;; --model) model=$2 ;; --size) size=$2 ;;
-        --vocab) vocab=$2 ;; --updates) updates=$2 ;; --seed) seed=$2 ;; --label) label=$2 ;;
-        --classes) classes=$(cd "$2" && pwd) ;; --text) columns=$2 ;;
-        --out) mkdir -p "$2"; WORK=$(cd "$2" && pwd) ;;
-        --) shift; break ;;
-        *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; echo "unknown option: $1" >&2; exit 2 ;;
-    esac
-    shift 2
-done
-case $task in lm | mlm) ;; *) echo "--task $task: choose lm or mlm" >&2; exit 2 ;; esac
-[ -z "$classes" ] || [ "$task" = mlm ] || { echo "--classes: fine-tunes --task mlm" >&2; exit 2; }
-. recipes/families.sh
-experts=16
-case $size in
-    tiny) experts=4 shape="64 128 2 2" rate="3e-3 50 2048" length=64 ;;
-    small) experts=8 shape="128 512 2 4" rate="3e-3 100 2048" length=128 ;;
-    base) shape="768 3072 12 12" rate="5e-4 4000 2048" length=512 ;;
-    *) echo "--size $size: choose tiny, small or base" >&2; exit 2 ;;
-esac
-family=$(family_flags "$model") || exit 2
-read -r width hidden layers heads <<<"$shape"
-read -r lr warmup tokens <<<"$rate"
-
-extras=plots . recipes/environment.sh
-. recipes/translation.sh
-mkdir -p "$WORK/text"
-
-if [ ! -e "$WORK/text/counts.json" ]; then
-    archive=$WORK/archives/wikitext-103-raw-v1.zip
-    if [ -n "$data" ] && [ -e "$data/train.txt" ]; then
-        sets=("$data/train.txt" "$data/valid.txt" "$data/test.txt")
-    else
-        python recipes/download.py recipes/wikitext103/corpus.toml --out "$WORK/archives" \
-            ${data:+--mirror "$data"}
-        sets=("$archive!wikitext-103-raw/wiki."{train,valid,test}.raw)
-    fi
-    python recipes/language_text.py --out "$WORK/text" --vocab "$vocab" \
-        --train "${sets[0]}" --valid "${sets[1]}" --test "${sets[2]}"
-fi
-if [ ! -e "$WORK/bin/preprocess.done" ]; then
-    rm -rf "$WORK/bin"
-    fairseq-preprocess --only-source --workers "$(nproc)" --trainpref "$WORK/text/train" \
-        --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --destdir "$WORK/bin" \
-        >"$WORK/preprocess.log" 2>&1 || { tail -n 20 "$WORK/preprocess.log" >&2; exit 1; }
-    touch "$WORK/bin/preprocess.done"
-fi
-
-name=$task-$model-$size-$updates-seed$seed
-if [ "$task" = lm ]; then
-    arch=(--arch transformer_lm_evomoe --decoder-embed-dim "$width" --decoder-ffn-embed-dim "$hidden"
-        --decoder-layers "$layers" --decoder-attention-heads "$heads" --share-decoder-input-output-embed)
-    flags=(--task language_modeling_evomoe "${arch[@]}" --criterion moe_cross_entropy --sample-break-mode none)
-else
-    arch=(--arch roberta_evomoe --encoder-embed-dim "$width" --encoder-ffn-embed-dim "$hidden"
-        --encoder-layers "$layers" --encoder-attention-heads "$heads" --max-positions "$length")
-    flags=(--task masked_lm_evomoe "${arch[@]}" --criterion moe_masked_lm --sample-break-mode none)
-fi
-every=$((updates / 10 > 0 ? updates / 10 : 1))
-if [ ! -e "$WORK/$name/done" ]; then
-    echo "train $name"
-    mkdir -p "$WORK/$name"
-    fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" --num-workers 0 \
-        --tokens-per-sample "$length" "${flags[@]}" $family --optimizer adam --adam-betas '(0.9, 0.98)' \
-        --weight-decay 0.01 --lr "$lr" --lr-scheduler inverse_sqrt --warmup-updates "$warmup" \
-        --max-tokens "$tokens" --max-update "$updates" --seed "$seed" --save-interval-updates "$every" \
-        --keep-interval-updates 1 --no-epoch-checkpoints --required-batch-size-multiple 1 \
-        --log-format json --log-interval $((every < 25 ? every : 25)) "$@" >>"$WORK/$name/train.log" 2>&1 ||
-        { tail -n 20 "$WORK/$name/train.log" >&2; exit 1; }
-    touch "$WORK/$name/done"
-fi
-
-log=$WORK/$name/test.log
-score=(--path "$WORK/$name/checkpoint_best.pt" --user-dir "$USER_DIR" $CPU --num-workers 0 --max-tokens "$tokens"
-    --required-batch-size-multiple 1)
-if [ "$task" = lm ]; then
-    fairseq-eval-lm "$WORK/bin" "${score[@]}" --gen-subset test --tokens-per-sample "$length" \
-        --sample-break-mode none >"$log" 2>&1 || { tail -n 20 "$log" >&2; exit 1; }
-else
-    fairseq-validate "$WORK/bin" "${score[@]}" --task masked_lm_evomoe --valid-subset test --seed "$seed" \
-        --tokens-per-sample "$length" --sample-break-mode none --log-format json >"$log" 2>&1 ||
-        { tail -n 20 "$log" >&2; exit 1; }
-fi
-python recipes/perplexity.py --name "$name" --log "$log" --counts "$WORK/text/counts.json" --json "$WORK/scores.jsonl"
-
-if [ -n "$classes" ]; then
-    bin=$WORK/classes-$(basename "$classes")
-    [ -e "$bin/label/dict.txt" ] || python recipes/classes.py --data "$classes" --spm "$WORK/text/spm.model" \
-        --dict "$WORK/bin/dict.txt" --text $columns --label "$label" --out "$bin"
-    number=$(grep -vc madeupword "$bin/label/dict.txt")
-    tuned=$WORK/$name/$(basename "$classes")
-    mkdir -p "$tuned"
-    fairseq-train "$bin" --user-dir "$USER_DIR" $CPU --num-workers 0 --save-dir "$tuned" --task sentence_prediction \
-        --num-classes "$number" --shorten-method truncate --init-token 0 --separator-token 2 --restore-file "$WORK/$name/checkpoint_best.pt" \
-        --reset-optimizer --reset-dataloader --reset-meters --reset-lr-scheduler "${arch[@]}" $family \
-        --criterion moe_sentence_prediction --optimizer adam --lr 1e-4 --lr-scheduler polynomial_decay \
-        --warmup-updates 30 --total-num-update 1000000 --batch-size 16 --max-epoch 10 --seed "$seed" \
-        --required-batch-size-multiple 1 --no-epoch-checkpoints --best-checkpoint-metric accuracy \
-        --maximize-best-checkpoint-metric --log-format json >"$tuned/train.log" 2>&1 ||
-        { tail -n 20 "$tuned/train.log" >&2; exit 1; }
-    python - "$name $(basename "$classes")" "$tuned/train.log" "$WORK/scores.jsonl" <<'PY'
-import json, re, sys
-name, log, scores = sys.argv[1:]
-rows = [json.loads(r) for r in re.findall(r"\| valid \| (\{.*\})", open(log).read())]
-best = max(float(r["valid_accuracy"]) for r in rows)
-print(f"{name}: best accuracy {best:.2f} of {len(rows)} epochs")
-with open(scores, "a") as f:
-    f.write(json.dumps({"name": name, "accuracy": best, "epochs": len(rows)}) + "\n")
-PY
-fi
+RECIPE=recipes/wikitext103
+vocab=32000 updates=50000
+fetch() {
+    python recipes/download.py "$RECIPE/corpus.toml" --out "$WORK/archives" ${data:+--mirror "$data"}
+    sets=("$WORK/archives/wikitext-103-raw-v1.zip!wikitext-103-raw/wiki."{train,valid,test}.raw)
+}
+. recipes/language_recipe.sh

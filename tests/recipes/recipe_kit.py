@@ -15,7 +15,7 @@ def recipe(name, *args, cwd=ROOT, ok=True):
         capture_output=True,
         text=True,
     ).stdout.strip()
-    for extras in ("plots", "plots,langid"):
+    for extras in ("plots", "plots,langid", "hub,plots"):
         with open(f"{home}/.evomoe-{extras}", "w") as f:
             f.write(wanted + "\n")
     script = ROOT / f"recipes/{name}/run.sh"

@@ -1,4 +1,4 @@
-"""recipes/wikitext103: causal and masked models on an archive or plain text, and fine-tuning."""
+"""recipes/wikitext103, openwebtext: causal and masked models on archives or text, fine-tuning."""
 
 import json
 import sys
@@ -66,6 +66,29 @@ def test_masked_model_and_classes(texts, tmp_path):
     assert masked["bits"] > 1 and "bits a masked piece" in out
     assert tuned["epochs"] == 10 and 40 <= tuned["accuracy"] <= 100
     assert (tmp_path / "w/classes-RTE/input1/dict.txt").exists()
+
+
+def test_documents_become_text(texts, tmp_path):
+    """A folder that `datasets` loads: which document goes where, then the recipe, to the end."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    found = [x for x in texts["train"].split("\n\n") if x]
+    rows = [json.dumps({"text": x.replace("\n", "\n\n \n")}) for x in found]
+    (folder / "part.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    command = [sys.executable, ROOT / "recipes/documents.py", "--dataset", folder]
+    home = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    run(*command, "--out", tmp_path / "out", "--every", 10, env=home)
+    read = lambda split: (tmp_path / f"out/{split}.txt").read_text(encoding="utf-8")
+    assert read("valid").split("\n\n")[:-1] == found[::10]
+    assert read("test").split("\n\n")[:-1] == found[1::10]
+    assert sum(read(s).count("\n\n") for s in ("train", "valid", "test")) == len(found)
+    said = run(*command, "--out", tmp_path / "o", "--column", "body", env=home, ok=False)
+    assert "no column body; it has text" in said
+    said = run(*command, "--out", tmp_path / "o", "--every", 10**6, env=home)
+    assert "train: 118 documents" in said
+    sizes = ("--size", "tiny", "--vocab", 400, "--updates", 6, "--task", "lm")
+    said = recipe("openwebtext", *sizes, "--data", tmp_path / "out", "--out", tmp_path / "w")
+    assert "perplexity" in said
 
 
 def test_columns_that_are_not_there(tmp_path):

@@ -1,8 +1,8 @@
 """Which implementation serves an op.
 
 ``reference`` is the plain statement of the maths, ``torch`` the path built from library calls; they
-run on every device. ``native`` is C++ for CPUs, ``triton`` serves CUDA devices. ``EVOMOE_BACKEND``
-forces one of them; unset means the fastest that can serve the call.
+run on every device. ``native`` is C++ for CPUs and CUDA C++ for GPUs, ``triton`` serves CUDA
+devices. ``EVOMOE_BACKEND`` forces one of them; unset means the fastest that can serve the call.
 """
 
 import os

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import backend, lookup_cpu, reference
+from fairseq_evomoe.kernels import backend, lookup_cpu, lookup_cuda, reference
 from fairseq_evomoe.kernels.reference import SCORES
 
 
@@ -52,16 +52,15 @@ def lookup(
         )
     if score not in SCORES:
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
+    native = lookup_cuda if z.device.type == "cuda" else lookup_cpu
     name = backend.choose(
-        native=lambda: lookup_cpu.why_not(z, tables),
+        native=lambda: native.why_not(z, tables),
         triton=lambda: _without_triton(z, tables),
         torch=backend.always,
         reference=backend.always,
     )
     if name == "native":
-        return lookup_cpu.lookup(
-            z, tables, score=score, temperature=temperature, row_scale=row_scale
-        )
+        return native.lookup(z, tables, score=score, temperature=temperature, row_scale=row_scale)
     if name == "triton":
         from fairseq_evomoe.kernels import lookup_triton
 

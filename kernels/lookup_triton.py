@@ -253,6 +253,18 @@ def _(dy, z, tables, code, p, score, temperature, need_z, need_t):
     return dz, torch.empty_like(tables) if need_t else z.new_empty(0)
 
 
+@torch.library.custom_op("evomoe::lookup_triton_infer", mutates_args=())
+def _op_infer(
+    z: Tensor, tables: Tensor, row_scale: Tensor | None, score: str, temperature: float
+) -> Tensor:
+    return forward(z, tables, row_scale, score, temperature, save=False)[0]
+
+
+@_op_infer.register_fake
+def _(z, tables, row_scale, score, temperature):
+    return z.new_empty(z.size(0), tables.size(2))
+
+
 def _keep(ctx, inputs, output):
     z, tables, ctx.score, ctx.temperature = inputs
     _, code, p = output
@@ -285,6 +297,8 @@ def lookup(
     grad = torch.is_grad_enabled() and (z.requires_grad or tables.requires_grad)
     if row_scale is not None and grad:
         raise ValueError("tables with a scale a row are for inference: they have no gradient")
-    if grad or torch.compiler.is_compiling():
+    if grad:
         return torch.ops.evomoe.lookup_triton(z, tables, score, temperature)[0]
+    if torch.compiler.is_compiling():
+        return torch.ops.evomoe.lookup_triton_infer(z, tables, row_scale, score, temperature)
     return forward(z, tables, row_scale, score, temperature, save=False)[0]

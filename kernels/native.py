@@ -1,8 +1,9 @@
-"""C++ kernels: built on first use with the compiler at hand, kept in a cache folder, loaded once.
+"""C++ and CUDA kernels: built on first use with the compiler at hand, kept, loaded once.
 
-A build needs torch 2.10 (its stable C++ interface) and g++ or another C++20 compiler; it takes some
-seconds. Where that is not to be had, callers fall back on torch, and one log line says why.
-`EVOMOE_CACHE` names another folder, `CXX` another compiler.
+A build takes some seconds. For CPUs it needs torch 2.10 (its stable C++ interface) and g++ or
+another C++20 compiler, for GPUs nvcc. Where they are not to be had, callers fall back on Triton or
+torch, and one log line says why. `EVOMOE_CACHE` names another folder, `CXX` and `NVCC` another
+compiler.
 """
 
 import functools
@@ -21,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-w")
+CUDA_FLAGS = (
+    *("-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC"),
+    *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
+    # newer devices translate this when they load it
+    *("-gencode", "arch=compute_90,code=compute_90"),
+)
 
 
 def cache_folder() -> Path:
@@ -32,18 +39,28 @@ def cache_folder() -> Path:
     return Path(home) / "fairseq_evomoe"
 
 
-def build(name: str) -> Path:
-    """The library made from csrc/<name>.cpp; an earlier build of the same sources is taken as is.
-
-    Raises:
-        RuntimeError: no compiler, or it failed; with its last words.
-    """
+def _command(name: str) -> list[str]:
+    """The compiler's call, but for where the library goes."""
+    if (SOURCES / f"{name}.cu").exists():
+        compiler = os.environ.get("NVCC") or shutil.which("nvcc")
+        if not compiler:
+            raise RuntimeError("no nvcc on the PATH")
+        return [compiler, *CUDA_FLAGS, str(SOURCES / f"{name}.cu")]
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise RuntimeError("no C++ compiler (Debian: apt-get install g++)")
     root = Path(torch.__file__).parent
     command = [compiler, *FLAGS, f"-I{root / 'include'}", str(SOURCES / f"{name}.cpp")]
-    command += [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return [*command, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def build(name: str) -> Path:
+    """The library of csrc/<name>.cpp or .cu; an earlier build of the same sources is taken as is.
+
+    Raises:
+        RuntimeError: no compiler, or it failed; with its last words.
+    """
+    command = _command(name)
     told = [torch.__version__, platform.machine(), *command]
     told += [p.read_text() for p in sorted(SOURCES.glob(f"{name}*"))]
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
@@ -58,7 +75,7 @@ def build(name: str) -> Path:
     try:
         done = subprocess.run([*command, "-o", draft], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler} exited {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{command[0]} exited {done.returncode}: {done.stderr[-2000:]}")
         os.replace(draft, target)
     finally:
         Path(draft).unlink(missing_ok=True)

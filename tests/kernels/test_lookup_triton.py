@@ -86,13 +86,20 @@ def test_special_values():
 
 
 def test_as_ops_of_torch():
-    """opcheck of both ops: schema, fake, autograd."""
+    """opcheck of the ops: schema, fake, autograd; a compiled call keeps the scales of its rows."""
     z, tables = (x.requires_grad_() for x in inputs((4, 3, 4, 8)))
     torch.library.opcheck(torch.ops.evomoe.lookup_triton, (z, tables, "prob", 0.7))
     _, code, p = torch.ops.evomoe.lookup_triton(z, tables, "prob", 0.7)
     back = (torch.randn(4, 8).to(DEVICE), z.detach(), tables.detach(), code, p.detach())
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(torch.ops.evomoe.lookup_triton_backward, (*back, "prob", 0.7, *needs))
+    small, scale = quantise(tables.detach())
+    call = (z.detach(), small, scale, "prob", 0.7)
+    torch.library.opcheck(torch.ops.evomoe.lookup_triton_infer, call)
+    with torch.no_grad():
+        whole = torch.compile(kernel.lookup, fullgraph=True, backend="eager", dynamic=False)
+        y = whole(z.detach(), small, score="prob", temperature=0.7, row_scale=scale)
+    assert torch.equal(y, kernel.forward(*call, save=False)[0])
 
 
 def test_the_call_of_a_layer():

@@ -65,7 +65,8 @@ class MoEConfig(Flags):
     moe_gate_token_bias: float = option(
         0.0,
         "dts, dense, switch, gshard, topk, base: add to the logits a learned bias of the token id, "
-        "drawn with this standard deviation, so that words keep their experts; 0: none",
+        "drawn with this standard deviation, so that words keep their experts; with dts it comes "
+        "in as the gate cools. 0: none; causal language models with dts have 3 by default",
     )
     moe_capacity_factor: float = option(
         0.0,

@@ -32,6 +32,11 @@ class TransformerLMEvoMoEConfig(MoEConfig, MemoryConfig, TransformerLanguageMode
         None, "every n-th layer is an MoE layer; 0: none; by default 2, or --decoder-moe-freq"
     )
     moe_expert_count: int = option(4, "number of experts in each MoE layer")
+    moe_gate_token_bias: Optional[float] = option(  # type: ignore[assignment]
+        None,
+        "add to the gate's logits a learned bias of the token id, drawn with this standard "
+        "deviation, so that words keep their experts; by default 3 with --moe-gate dts, else 0",
+    )
     decoder_layers: int = option(4, "layers")
     decoder_embed_dim: int = option(256, "model width")
     decoder_input_dim: int = option(0, "width of the input embeddings; 0: the model's")
@@ -75,6 +80,11 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
             )
         if args.moe_freq is None:
             args.moe_freq = 0 if args.decoder_moe_freq else 2
+        if args.moe_gate_token_bias is None:
+            # docs/evidence.md; the baselines stay as their papers have them
+            args.moe_gate_token_bias = (
+                3.0 if args.moe_gate == "dts" and not args.dts_parity else 0.0
+            )
         cfg = configure(args, "decoder")
         embed_tokens = cls._embed(args, task.source_dictionary)
         decoder = EvoMoEDecoder(

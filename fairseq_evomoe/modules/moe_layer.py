@@ -127,14 +127,14 @@ class EvoMoELayer(RecordingLayer):
         return Clock(stage, self.schedule.temperature(n), self.schedule.warmth(n))
 
     def get_extra_state(self) -> Tensor:
-        """Float64 [num_updates, stage, temperature, spawned]: exact under .half(), plain tensor."""
+        """Float64 [updates, stage, temperature, spawned, warmth]: exact under .half()."""
         clock = self.clock
-        state = [self.num_updates, clock.stage, clock.temperature, self.spawned]
+        state = [self.num_updates, clock.stage, clock.temperature, self.spawned, clock.warmth]
         return torch.tensor(state, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        num_updates, stage, temperature, spawned = state.tolist()
-        clock = Clock(Stage(int(stage)), temperature)
+        num_updates, stage, temperature, spawned, *warmth = state.tolist()
+        clock = Clock(Stage(int(stage)), temperature, *warmth)
         self.restore(int(num_updates), clock, spawned=bool(spawned))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -145,6 +145,13 @@ class EvoMoELayer(RecordingLayer):
         if self.experts.share is not None:
             # a running average (--store-ema) is restored from this worker's own part as well
             counts = {self.experts.share.total} | (set() if hasattr(own, "expert") else counts)
+        bias, held = hasattr(self.gate, "token_bias"), f"{prefix}gate.token_bias" in state_dict
+        if saved is not None and bias != held:
+            which, value = ("a", 3) if held else ("no", 0)
+            args[-1].append(
+                f"{self.name}: the checkpoint has {which} bias of the token id; give "
+                f"--moe-gate-token-bias {value}"
+            )
         if saved is None:
             args[-1].append(
                 f"{self.name}: the checkpoint has no such experts; evomoe-upcycle makes them from "

@@ -247,11 +247,14 @@ def run(args: argparse.Namespace) -> None:
     write(checkpoint, args.output)
     kept = "last_optimizer_state" in checkpoint
     updates = (checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
+    target = target_model(flags_of(checkpoint))
     print(f"wrote {args.output}; to continue, add to the dense run's flags:")
     print(
         f"  --user-dir fairseq_evomoe --task <its task>_evomoe --criterion moe_<its criterion> "
-        f"--arch {target_model(flags_of(checkpoint))} <its sizes> {command_line(moe)} "
-        f"--restore-file {args.output} "
+        f"--arch {target} <its sizes> {command_line(moe)} "
+        # language models would have one by default
+        + ("--moe-gate-token-bias 0 " if "_lm_" in target and not moe.moe_gate_token_bias else "")
+        + f"--restore-file {args.output} "
         + (f"--evo-spawn-update {updates}" if kept else "--evo-spawn-update 0 --reset-optimizer")
     )
 

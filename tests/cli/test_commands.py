@@ -50,7 +50,7 @@ def test_checkpoint_holds_nothing_executable(trained):
     # leaving the context takes Namespace off the list even where it was before
     compat.saving.allow_config_classes_in_checkpoints()
     evolution = state["model"]["encoder.layers.1.moe_layer._extra_state"]
-    assert evolution.tolist() == [20, 2, 0.3, 1]
+    assert evolution.tolist() == [20, 2, 0.3, 1, 0]
 
 
 @pytest.mark.parametrize("task", [(), ("--task", "translation_evomoe")], ids=["stock", "ours"])

@@ -77,6 +77,10 @@ def test_a_damaged_checkpoint_is_named(begun, toy, tmp_path):
     [
         (("--moe-expert-count", 6), "encoder.1: the checkpoint has 4 experts; give --moe-expert-c"),
         (("--expert-type", "memory", "--memory-bits", 4), "has no such experts"),
+        (
+            ("--moe-gate-token-bias", 1),
+            "encoder.1: the checkpoint has no bias of the token id; give",
+        ),
         (("--moe-freq", 1), "encoder.0: the checkpoint has no such experts; evomoe-upcycle"),
     ],
     ids=str,

@@ -94,6 +94,22 @@ def test_every_gate_trains_in_every_family(toy, tmp_path, family, gate):
         assert moved["experts.w1"] and all(v for n, v in moved.items() if n == "gate.weight")
 
 
+def test_causal_language_models_route_by_the_word_too(toy):
+    """dts has a token bias there by default; the baselines, masked models and parity have none."""
+    for flags, family, deviation in (
+        ((), "lm", 3.0),
+        (("--moe-gate-token-bias", 0), "lm", None),
+        (("--moe-gate", "switch"), "lm", None),
+        (("--dts-parity", "--dts-noise", "gumbel"), "lm", None),
+        ((), "mlm", None),
+    ):
+        _, _, model = build(toy, *flags, family=family)
+        for _, layer in moe_layers(model):
+            bias = getattr(layer.gate, "token_bias", None)
+            assert (bias is None) == (deviation is None), flags
+            assert bias is None or bias.std().item() == pytest.approx(deviation, rel=0.2)
+
+
 def test_one_sided_frequency_of_a_language_model(toy):
     """--decoder-moe-freq 1 alone means every layer, as for translation."""
     _, _, model = build(toy, "--decoder-moe-freq", 1, family="lm")

@@ -441,6 +441,16 @@ def test_token_bias(name):
         made(x, CLOCK)
 
 
+def test_the_token_bias_comes_in_as_the_dense_to_sparse_gate_cools():
+    """Nothing of it at the split, all of it once cold; other gates have it from the start."""
+    x, tokens = torch.randn(12, D), batch(3, 4)
+    for name, share in (("dts", 0.25), ("switch", 1.0)):
+        made = gate(name, training=True, moe_gate_token_bias=3.0)
+        plan = made(x, Clock(SOFT, 1.0, warmth=0.75), tokens)
+        want = x @ made.weight.t() + share * made.token_bias[tokens.token]
+        assert torch.allclose(plan.logits, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dts", "hash", "base", "stable", "topk", "dense"])
 def test_a_capacity_is_refused_where_there_is_none(name):
     """Never silently ignored: the flag and the gate are named."""

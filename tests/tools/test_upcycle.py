@@ -107,7 +107,7 @@ def test_our_own_dense_model(small, tmp_path):
     silent = (w2[1:] == 0).all(1).float().mean().item()
     assert silent == pytest.approx(0.2, abs=0.02), "mask, a fifth of the hidden units"
     extra = grown["model"]["encoder.layers.0.moe_layer._extra_state"]
-    assert extra.tolist() == [2, 1, 2.0, 1]
+    assert extra.tolist() == [2, 1, 2.0, 1, 0]
 
 
 def test_moments_are_found_by_number(small):

@@ -144,13 +144,18 @@ class ScoreGate(Gate):
             words = torch.randn(len(site.dictionary), len(weight), generator=site.generator)
             self.token_bias = nn.Parameter(words * cfg.moe_gate_token_bias)
 
+    def token_share(self, clock: Clock) -> float:
+        """How much of the token bias counts at this time, 0 to 1."""
+        return 1.0
+
     def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
             if self.cfg.moe_gate_token_bias:
                 if tokens is None:
                     raise ValueError("--moe-gate-token-bias: this layer was given no token ids")
-                logits = logits + F.embedding(tokens.token, self.token_bias.float())
+                words = F.embedding(tokens.token, self.token_bias.float())
+                logits = logits + self.token_share(clock) * words
             plan = self.route(logits, logits.softmax(-1), clock, tokens)
         if self.cfg.moe_balance_bias and self.training and self.counting:
             load = plan.wanted.sum(0)

@@ -26,6 +26,8 @@ class DenseToSparseGate(ScoreGate):
     router learns from the balance loss alone; `straight` the same with the sum held constant in
     the backward pass, so that a lone expert's router gets the gradient of p. With
     `--moe-balance-bias` b, experts are chosen by softmax((z + b + g) / tau) and weighed without b.
+    With `--moe-gate-token-bias` a bias of the token id joins z in the measure in which the gate has
+    cooled: dense at the split, and word by word apart at the end.
 
     `--dts-parity` is the rule of the official code: c = 0.001 absolute, `raw` or `softmax` weights,
     in evaluation top-1 with softmax(z) whatever the stage, and the balance loss over those weights
@@ -81,6 +83,10 @@ class DenseToSparseGate(ScoreGate):
                 flag,
                 "the official code knows none; leave it or --dts-parity out",
             )
+
+    def token_share(self, clock: Clock) -> float:
+        """It comes in as the gate cools, so that the gate starts dense all the same."""
+        return 1 - clock.warmth
 
     def route(
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None

@@ -8,11 +8,12 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import plots
 from gate_tasks import TASKS
-from tables import NAMES, RESULTS, by_gate, fill, line, numbers, read, spread
+from tables import NAMES, RESULTS, SPEED_OF, by_gate, fill, line, numbers, read, spread
 
 Row = dict[str, str]
 PAGE = RESULTS.parent.parent / "docs/evidence.md"
@@ -32,16 +33,16 @@ TESTS = {
 EXPERT_MMACS = 2 * 2 * 128 * 512 / 1e6
 """Of one more active expert in both MoE layers of the language models."""
 ABLATIONS = {
-    "spawn point": ("dts", "", "spawn100", "spawn250"),
+    "spawn point": ("dts_words", "", "spawn100", "spawn250"),
     "diversify": ("", "copy", "noise", "drop"),
     "temperature": ("", "start5", "cold"),
-    "schedule": ("", "exponential", "cosine"),
-    "threshold": ("", "threshold0", "threshold1"),
+    "schedule": ("", "exponential"),
+    "threshold": ("", "threshold0"),
     "noise": ("", "gumbel"),
     "balance weight": ("balance0", "", "balance0.1"),
-    "number at the end": ("", "adaptive", "adaptive0.5"),
+    "number at the end": ("", "adaptive"),
 }
-"""Labels of rows of the gate evomoe; `dts`, that gate, is the split at update 0."""
+"""Labels of rows of the gate evomoe_words; `dts_words`, that gate, is the split at update 0."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,11 +112,10 @@ class Speeds:
         self.rows = {(r["task"], r["gate"]): r for r in speed}
 
     def seconds(self, task: str, gate: str, active: float) -> float:
-        """Of one token; between one and all experts in proportion to the active ones."""
-        known = lambda name: 1 / float(self.rows[task, name]["tokens_per_s"])
-        name = {"dts": "evomoe", "switch_evo": "switch"}.get(gate, gate)
-        one, every = known(name), known("mixture")
-        if gate not in ("dts", "evomoe"):
+        """Of one token, in units of a dense one; between one and all experts in proportion."""
+        known = lambda name: 1 / float(self.rows[task, name]["ratio_to_dense_p50"])
+        one, every = known(SPEED_OF.get(gate, gate)), known("mixture")
+        if not gate.startswith(("dts", "evomoe")):
             return one
         return one + (every - one) * (active - 1) / (TASKS[task]["experts"] - 1)
 
@@ -188,11 +188,11 @@ def ablations(rows: list[Row], task: str = "lm") -> str:
     updates, experts = str(TASKS[task]["updates"]), str(TASKS[task]["experts"])
     by_label = defaultdict(list)
     for row in rows:
-        dts = row["gate"] == "dts" and not row["label"]
+        dts = row["gate"] == "dts_words" and not row["label"]
         if (row["task"], row["updates"], row["experts"]) != (task, updates, experts):
             continue
-        if row["gate"] == "evomoe" or dts:
-            by_label["dts" if dts else row["label"]].append(row)
+        if row["gate"] == "evomoe_words" or dts:
+            by_label["dts_words" if dts else row["label"]].append(row)
     lines = []
     for what, labels in ABLATIONS.items():
         for label in labels:
@@ -215,10 +215,10 @@ def number_of_experts(rows: list[Row], task: str = "lm") -> str:
         (r["gate"], int(r["experts"])): r
         for r in rows
         if r["task"] == task and r["seed"] == "1" and not r["label"]
-        if r["updates"] == str(TASKS[task]["updates"]) and r["gate"] in ("switch", "evomoe")
+        if r["updates"] == str(TASKS[task]["updates"]) and r["gate"] in ("switch", "evomoe_words")
     }
     for experts in sorted({e for _, e in found}):
-        pair = [found.get((g, experts)) for g in ("switch", "evomoe")]
+        pair = [found.get((g, experts)) for g in ("switch", "evomoe_words")]
         cells = [r["valid_nll_bits"] if r else "-" for r in pair]
         cells += [f"{float(r['load_max_mean']):.2f}" if r else "-" for r in pair]
         cells += [f"{float(r['dead_experts'] or 0):.0%}" if r else "-" for r in pair]
@@ -301,17 +301,22 @@ def made() -> dict[str, str]:
     }
 
 
+def places() -> list[tuple[Path, str, str]]:
+    """The page, and every marker in it with its text."""
+    return [(PAGE, name, text.rstrip() + "\n") for name, text in made().items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="bring the page up to date")
     args = parser.parse_args()
-    for name, text in made().items():
+    for path, name, text in places():
         if args.write:
-            fill(PAGE, name, text.rstrip() + "\n")
+            fill(path, name, text)
         else:
-            print(f"## {name}\n\n{text}\n")
+            print(f"## {name}\n\n{text}")
     if args.write:
         plots.draw(PAGE.parent / "evidence", TITLES)
 

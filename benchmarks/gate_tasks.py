@@ -21,6 +21,8 @@ BALANCED = ("--moe-gate-loss-wt", "0.01")
 UNBALANCED = ("--moe-gate-loss-wt", "0")
 PRE_NORM = ("--encoder-normalize-before", "--decoder-normalize-before")
 LOOK_UPS = ("--moe-freq", "0", *PRE_NORM)
+PLAIN = ("--moe-gate-token-bias", "0")
+WORDS = ("--moe-gate-token-bias", "3")
 GATES: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "mixture": ("--moe-gate", "dense", *BALANCED),
@@ -33,8 +35,11 @@ GATES: dict[str, tuple[str, ...]] = {
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
     "expert_choice": ("--moe-gate", "expert_choice", *UNBALANCED),
     "switch_evo": ("--moe-gate", "switch", "--evo-spawn-update", "{tenth}", *BALANCED),
-    "dts": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED),
-    "evomoe": ("--moe-gate", "dts", *BALANCED),
+    "dts": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED, *PLAIN),
+    "evomoe": ("--moe-gate", "dts", *BALANCED, *PLAIN),
+    "switch_words": ("--moe-gate", "switch", *BALANCED, *WORDS),
+    "dts_words": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED, *WORDS),
+    "evomoe_words": ("--moe-gate", "dts", *BALANCED, *WORDS),
     "dense_pre": ("--moe-freq", "0", *PRE_NORM),
     "memoryformer": (*LOOK_UPS, "--memory-ffn", "--memory-attention"),
     "memoryformer_abs": (
@@ -51,8 +56,9 @@ GATES: dict[str, tuple[str, ...]] = {
         *(*PRE_NORM, *BALANCED),
     ),
 }
-"""Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one. Look-ups
-stand where the norm comes first, beside `dense_pre`; a language model has that anyway."""
+"""Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one; `_words`
+have a token bias, for dts the default of causal language models. Look-ups stand where the norm
+comes first, beside `dense_pre`; a language model has that anyway."""
 
 ROBERTA = (
     *("--arch", "roberta_evomoe", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512"),

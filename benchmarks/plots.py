@@ -20,6 +20,7 @@ from matplotlib.axes import Axes  # noqa: E402
 Row = dict[str, str]
 Series = dict[str, list[tuple[float, list[float]]]]
 GATES = ("dense", "switch", "gshard", "base", "hash", "stable", "dts", "evomoe")
+GATES += ("switch_words", "dts_words", "evomoe_words")
 MARKS = "os^Dvx*P"
 DASHES = ("-", "--", "-.", ":")
 PAPER = {
@@ -62,9 +63,11 @@ def quality(rows: list[Row], titles: dict[str, str]) -> plt.Figure:
     figure, axes = plt.subplots(
         1, len(titles), figsize=(3.2 * len(titles), 3.4), sharey=True, layout="constrained"
     )
+    have = {r["gate"] for r in rows}
+    shown = [g for g in GATES if g in have]
     for axis, (task, title) in zip(axes, titles.items(), strict=True):
         found = differences(by_gate(rows, task))
-        for y, gate in enumerate(reversed(GATES)):
+        for y, gate in enumerate(reversed(shown)):
             values = found.get(gate, [])
             axis.plot(values, [y] * len(values), "o", color="0.35", fillstyle="none")
             if values:
@@ -73,7 +76,7 @@ def quality(rows: list[Row], titles: dict[str, str]) -> plt.Figure:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("bits a token, to Switch")
         axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(GATES)), [NAMES[g] for g in reversed(GATES)])
+    axes[0].set_yticks(range(len(shown)), [NAMES[g] for g in reversed(shown)])
     return figure
 
 
@@ -98,7 +101,7 @@ def number_of_experts(rows: list[Row]) -> plt.Figure:
     """Loss against the number of experts."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     series: Series = {}
-    for gate in ("switch", "evomoe", "hash"):
+    for gate in ("switch", "evomoe_words"):
         points = defaultdict(list)
         for row in rows:
             usual = row["updates"] == str(TASKS["lm"]["updates"]) and not row["label"]

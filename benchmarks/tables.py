@@ -18,6 +18,8 @@ from gate_tasks import TASKS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TITLES = {"multi30k": "Translation", "lm": "Language model"}
+SPEED_OF = {"dts": "evomoe", "dts_words": "evomoe_words", "switch_evo": "switch"}
+"""Gates that end as another does."""
 RESULT = {
     "multi30k": (("seeds", "valid NLL, bits", "test2016 BLEU"), "bleu", 2),
     "lm": (("seeds", "valid NLL, bits", "test NLL, bits"), "test_nll_bits", 3),
@@ -36,6 +38,9 @@ NAMES = {
     "expert_choice": "expert choice (encoder)",
     "dts": "DTS, independent experts",
     "evomoe": "EvoMoE (diversify + DTS)",
+    "switch_words": "Switch, token bias",
+    "dts_words": "DTS, token bias",
+    "evomoe_words": "EvoMoE, token bias",
 }
 
 LOOK_UPS = {
@@ -105,8 +110,7 @@ def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) ->
         mine = found.get(gate)
         if not mine:
             continue
-        # what starts from one expert or from many ends alike
-        timed = per_second.get((task, {"dts": "evomoe", "switch_evo": "switch"}.get(gate, gate)))
+        timed = per_second.get((task, SPEED_OF.get(gate, gate)))
         rate = pace(timed) if timed else "-"
         cells = [name, *results(mine, task)]
         cells += [spread(numbers(mine, "active_experts")[:1], 0)]
@@ -149,7 +153,7 @@ def sweep(rows: list[dict[str, str]], task: str) -> None:
         print(line(cells))
 
 
-def tables(kind: str, *, titles: bool) -> str:
+def tables(kind: str) -> str:
     """The tables of a kind, one a task, translation first."""
     rows = read(RESULTS / "gates.csv")
     speed = read(RESULTS / "gate_speed.csv")
@@ -161,8 +165,7 @@ def tables(kind: str, *, titles: bool) -> str:
                 sweep(rows, task)
             else:
                 (look_ups if kind == "look-ups" else gates)(rows, speed, task)
-        head = f"**{title}**\n\n" if titles else ""
-        out.append(head + made.getvalue())
+        out.append(f"**{title}**\n\n" + made.getvalue())
     return "\n".join(out)
 
 
@@ -177,6 +180,19 @@ def fill(path: Path, marker: str, text: str) -> None:
     path.write_text(head + start + text + end + tail, encoding="utf-8")
 
 
+def places() -> list[tuple[Path, str, str]]:
+    """Every page, marker in it, and the text that belongs there."""
+    recipes = RESULTS.parent.parent / "recipes"
+    return [
+        (recipes / f"{page}.md", marker, tables(marker))
+        for page, marker in (
+            ("choosing_a_gate", "gates"),
+            ("choosing_a_gate", "sweep"),
+            ("look_up_layers", "look-ups"),
+        )
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,16 +201,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="bring all pages up to date")
     args = parser.parse_args()
     if not args.write:
-        print(tables(args.kind, titles=True))
+        print(tables(args.kind))
         return
-    root = RESULTS.parent.parent
-    fill(root / "README.md", "gates", tables("gates", titles=False))
-    for marker, page in (
-        ("gates", "choosing_a_gate"),
-        ("sweep", "choosing_a_gate"),
-        ("look-ups", "look_up_layers"),
-    ):
-        fill(root / f"recipes/{page}.md", marker, tables(marker, titles=True))
+    for path, marker, text in places():
+        fill(path, marker, text)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,21 @@ def test_commands_that_pages_name_are_installed():
             assert f'"{name}"' in names, (path.name, name)
 
 
+def test_tables_are_what_the_rows_say():
+    """Each table of results in a page is what its script makes of benchmarks/results today."""
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import evidence
+    import tables
+
+    places = [*tables.places(), *evidence.places()]
+    assert len(places) >= 11
+    for path, marker, text in places:
+        page = path.read_text(encoding="utf-8")
+        start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+        assert page.split(start)[1].split(end)[0] == text, f"{path.name}: {marker}"
+
+
 def test_the_site_builds(tmp_path):
     """Sphinx makes the pages and the API of the docstrings without a warning; all are linked."""
     pytest.importorskip("myst_parser")

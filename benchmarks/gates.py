@@ -131,7 +131,8 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
     common = ["--user-dir", USER_DIR, "--cpu", "--num-workers", "0", "--path", checkpoint]
     if args.score and task.startswith("multi30k"):
         run(
-            BIN / "fairseq-generate", folder / "bin", *common, "--beam", "4", "--max-tokens", 6000,
+            BIN / "fairseq-generate", folder / "bin", *common, *setup["flags"][:4],
+            "--beam", 4, "--max-tokens", 6000,
             "--remove-bpe", "sentencepiece", "--required-batch-size-multiple", "1",
             out=work / "test.gen",
         )  # fmt: skip

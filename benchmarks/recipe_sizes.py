@@ -81,7 +81,7 @@ def main() -> None:
             macs = total(list(costs(made, context=context, hidden=hidden)))["total"]["macs"]
             name = " ".join([recipe, *(x for x in told if not x.startswith("--"))])
             memory = 16 * count / 1e9
-            cells = [name, model, f"{count / 1e6:.1f}", f"{macs / 1e6:.1f}", f"{memory:.1f}"]
+            cells = [name, model, f"{count / 1e6:.1f}", f"{macs / 1e6:.1f}", f"{memory:.2f}"]
             rows.append(cells)
             print(*cells, flush=True)
     head = ["recipe", "model", "parameters, M", "MMAC a token", "GB, weights to moments, fp32"]

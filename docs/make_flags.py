@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fairseq_evomoe import config  # noqa: E402
+from fairseq_evomoe import config, memory_config  # noqa: E402
 from fairseq_evomoe.criterions.routing_metrics import RoutingLossConfig  # noqa: E402
 
 PAGE = ROOT / "docs" / "flags.md"
@@ -30,7 +30,7 @@ SECTIONS = (
         "The same models, and `transformer_memoryformer` (`_iwslt_de_en`, `_wmt_en_de`), "
         "`transformer_lm_memoryformer_tiny` (`_small`, `_base`), `roberta_memoryformer_base`, "
         "which have both kinds of look-ups.",
-        config.MemoryConfig,
+        memory_config.MemoryConfig,
     ),
     (
         "Tasks: the split, the schedule, many workers",

@@ -14,16 +14,27 @@ FOLDERS = {
         n: ROOT / PACKAGE / n for n in ("compat", "modules", "models", "parallel", "tasks", "tools")
     },
 }
-LEAVES = {"config", "schedule"}
+LEAVES = {"config", "memory_config", "schedule"}
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "parallel": {"parallel", "compat"},
-    "modules": {"kernels", "parallel", "modules", "config", "schedule"},
-    "models": {"modules", "models", "config"},
+    "modules": {"kernels", "parallel", "modules", "config", "memory_config", "schedule"},
+    "models": {"modules", "models", "config", "memory_config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
     "tasks": {"compat", "modules", "parallel", "tasks", "config", "schedule"},
-    "tools": {"parallel", "kernels", "models", "modules", "tools", "config", "schedule", "compat"},
+    "tools": {
+        "parallel",
+        "kernels",
+        "models",
+        "modules",
+        "tools",
+        "config",
+        "memory_config",
+        "schedule",
+        "compat",
+    },
     "config": set(),
+    "memory_config": {"config"},
     "schedule": set(),
     "compat": {"compat"},
 }

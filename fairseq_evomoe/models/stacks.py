@@ -10,7 +10,8 @@ from fairseq.models.transformer import (
 )
 from torch import nn
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.models.table_memory import state_tables
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.transformer_layer import DecoderLayer, EncoderLayer, LayerStack, wrap

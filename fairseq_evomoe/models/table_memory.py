@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig, option
+from fairseq_evomoe.config import MoEConfig, option
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve, memorise
 
 

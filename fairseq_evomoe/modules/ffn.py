@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.memory_layer import MemoryFFN
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 

@@ -6,8 +6,8 @@ Letters: T tokens, D model width, W hidden width (tau + delta) K, E experts, K, 
 import torch
 from torch import Tensor, nn
 
-from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels import routing
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.experts import Bank, Part
 from fairseq_evomoe.modules.memory_layer import MemoryFFN, own_group
 

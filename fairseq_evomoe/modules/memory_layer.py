@@ -10,9 +10,9 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels.lookup import codes, lookup, patterns, quantise, score_moment
 from fairseq_evomoe.kernels.pages import large_pages
+from fairseq_evomoe.memory_config import MemoryConfig
 
 
 def own_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules import losses
 from fairseq_evomoe.modules.experts import Bank, ExpertBank
 from fairseq_evomoe.modules.gates import GATES, Site

@@ -20,7 +20,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fairseq_evomoe.config import MemoryConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.memory_fit import fit, linear_tables
 from fairseq_evomoe.modules.memory_layer import MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers

@@ -4,7 +4,7 @@
 #   bash recipes/multi30k/run.sh --model evomoe            downloads the data
 #   bash recipes/multi30k/run.sh --model dense --data DIR  DIR/{train,valid,test2016,test2017}.{en,de}
 #
-# Measured here, 1000 updates of the default size on 2 CPU cores: README.md, "Results".
+# Measured here, 1000 updates of the default size on 2 CPU cores: docs/evidence.md, "A recipe run longer".
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RECIPE=recipes/multi30k

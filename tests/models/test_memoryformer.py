@@ -6,7 +6,8 @@ from conftest import FAMILIES, build, train, train_args, valid_batch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from fairseq_evomoe.config import MemoryConfig, MoEConfig
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.models import table_memory
 from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers

@@ -5,7 +5,7 @@ import torch
 from conftest import build, train, train_args, valid_batch
 from torch import nn
 
-from fairseq_evomoe.config import MemoryConfig
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.memory_experts import MemoryBank
 from fairseq_evomoe.modules.memory_layer import MemoryFFN

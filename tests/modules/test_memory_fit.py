@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels.lookup import codes, linear_gain
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.memory_fit import fit, linear_tables
 from fairseq_evomoe.modules.memory_layer import MemoryLayer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_evomoe.config import MemoryConfig
 from fairseq_evomoe.kernels import reference
+from fairseq_evomoe.memory_config import MemoryConfig
 from fairseq_evomoe.modules.memory_layer import (
     MemoryAttention,
     MemoryFFN,

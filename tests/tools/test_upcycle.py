@@ -18,6 +18,8 @@ DENSE = {
     "mlm": ("--arch", "roberta", "--criterion", "masked_lm"),
 }
 TASKS = {"translation": "translation", "lm": "language_modeling", "mlm": "masked_lm"}
+# what the tool prints for language models, which would have a bias of the token id by default
+BIAS = {"lm": ("--moe-gate-token-bias", 0)}
 CONTINUED = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-noise", "none")
 
 
@@ -58,6 +60,7 @@ def test_copies_leave_the_output_unchanged(dense, tmp_path, capsys):
     assert torch.allclose(have[real], want[real], atol=2e-5)
     out = capsys.readouterr().out
     assert "--restore-file" in out and "--moe-freq 1 --moe-expert-count 3" in out
+    assert ("--moe-gate-token-bias 0" in out) == (family in BIAS)
     mixed, _ = output(grow(path, tmp_path / "mask.pt"))
     assert not torch.allclose(mixed[real], want[real], atol=1e-3)
 
@@ -67,6 +70,7 @@ def test_training_goes_on(dense, toy, tmp_path):
     family, path, rows = dense
     grown = grow(path, tmp_path / "up.pt", "--evo-diversify", "copy")
     flags = (*CONTINUED, "--dropout", 0, "--attention-dropout", 0, "--moe-freq", 1)
+    flags += BIAS.get(family, ())
     more = train(
         *train_args(
             toy, tmp_path, *flags, "--max-update", 7, "--restore-file", grown,
@@ -86,6 +90,7 @@ def test_without_optimizer_state(dense, toy, tmp_path):
     grown = grow(path, tmp_path / "up.pt", "--no-optimizer-state")
     assert "last_optimizer_state" not in torch.load(grown, weights_only=False)
     flags = ("--evo-spawn-update", 0, "--moe-freq", 1, "--max-update", 2, "--reset-optimizer")
+    flags += BIAS.get(family, ())
     more = train(*train_args(toy, tmp_path, *flags, "--restore-file", grown, family=family))
     assert [r["num_updates"] for r in more] == [1, 2]
     assert more[0]["loss"] < rows[0]["loss"]

@@ -1,11 +1,12 @@
 """What does the number of active experts of a DTS gate depend on?
 
-    python benchmarks/gates.py --task lm --data DIR --gates evomoe --seeds 1 --label adaptive \\
-        --keep -- --dts-hard-update 0
+    python benchmarks/gates.py --task lm --data DIR --gates evomoe_words --seeds 1 \\
+        --label adaptive --keep -- --dts-hard-update 0
     python benchmarks/active_experts.py --task lm --data DIR --label adaptive --seed 1
 
 A model that keeps its threshold to the end (no hard stage) goes over its validation set; a row for
-each layer and each class of word frequency and of place in the sentence.
+each layer and each class of word frequency and of place in the sentence (in the causal LM: in the
+block of 128 pieces).
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--gate", default="evomoe")
+    parser.add_argument("--gate", default="evomoe_words")
     parser.add_argument("--label", default="")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--updates", type=int)

@@ -33,14 +33,15 @@ TESTS = {
 EXPERT_MMACS = 2 * 2 * 128 * 512 / 1e6
 """Of one more active expert in both MoE layers of the language models."""
 ABLATIONS = {
-    "spawn point": ("dts_words", "", "spawn100", "spawn250"),
-    "diversify": ("", "copy", "noise", "drop"),
-    "temperature": ("", "start5", "cold"),
-    "schedule": ("", "exponential"),
-    "threshold": ("", "threshold0"),
-    "noise": ("", "gumbel"),
-    "balance weight": ("balance0", "", "balance0.1"),
-    "number at the end": ("", "adaptive"),
+    "the defaults": ("",),
+    "spawn point": ("dts_words", "spawn100", "spawn250"),
+    "diversify": ("copy", "noise", "mask", "drop0.2", "drop1"),
+    "temperature": ("start5", "cold"),
+    "schedule": ("exponential",),
+    "threshold": ("threshold0",),
+    "noise": ("gumbel",),
+    "balance weight": ("balance0", "balance0.1"),
+    "number at the end": ("adaptive",),
 }
 """Labels of rows of the gate evomoe_words; `dts_words`, that gate, is the split at update 0."""
 
@@ -92,13 +93,14 @@ def significance(rows: list[Row]) -> str:
     lines = []
     for (task, gate, against), mine in grouped.items():
         better = [r for r in mine if float(r["bleu_difference"]) > 0]
+        worse = [r for r in mine if float(r["bleu_difference"]) < 0]
         sure = lambda some: sum(float(r["p"]) < 0.05 for r in some)
         lines.append(
             [
                 *(TITLES[task], NAMES[gate], NAMES[against], str(len(mine))),
                 spread(numbers(mine, "bleu_difference"), 2),
                 f"{len(better)}, {sure(better)}",
-                f"{len(mine) - len(better)}, {sure([r for r in mine if r not in better])}",
+                f"{len(worse)}, {sure(worse)}",
             ]
         )
     head = ["task", "gate", "against", "seeds", "BLEU difference"]
@@ -147,15 +149,17 @@ def reach_of(points: list[Row], target: float) -> list[tuple[int, float]] | None
     return None
 
 
-def reach(curves: list[Row], speed: list[Row], task: str, updates: str) -> str:
-    """What each gate needs to reach the loss that Switch ends with, at the same seed."""
+def reach(
+    curves: list[Row], speed: list[Row], task: str, updates: str, goal: str = "switch"
+) -> str:
+    """What each gate needs to reach the loss that `goal` ends with, at the same seed."""
     runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in curves:
         usual = row["experts"] == str(TASKS[task]["experts"]) and not row["label"]
         if row["task"] == task and row["updates"] == updates and usual:
             runs[row["gate"], row["seed"]].append(row)
     cost, timed = Speeds(speed), task if task == "lm" else "lm"
-    seeds = sorted({s for g, s in runs if g == "switch"})
+    seeds = sorted({s for g, s in runs if g == goal})
     lines = []
     for gate in GATES:
         found = [s for s in seeds if (gate, s) in runs]
@@ -163,7 +167,7 @@ def reach(curves: list[Row], speed: list[Row], task: str, updates: str) -> str:
             continue
         each: dict[str, list[float]] = defaultdict(list)
         for s in found:
-            final = runs["switch", s][-1]
+            final = runs[goal, s][-1]
             mine = reach_of(runs[gate, s], float(final["valid_nll_bits"]))
             if mine is None:
                 continue
@@ -172,14 +176,14 @@ def reach(curves: list[Row], speed: list[Row], task: str, updates: str) -> str:
                 ("MACs", lambda g, a: cost.mmacs(timed, g, a)),
                 ("seconds", lambda g, a: cost.seconds(timed, g, a)),
             ):
-                theirs = int(updates) * per_update("switch", 1.0)
+                theirs = int(updates) * per_update(goal, 1.0)
                 each[name].append(theirs / sum(n * per_update(gate, a) for n, a in mine))
             each["after"].append(sum(n for n, _ in mine))
         reached = len(each["after"])
         cells = [NAMES[gate], f"{reached} of {len(found)}", spread(each["after"], 0)]
         lines.append(cells + [spread(each[k], 2) for k in ("updates", "MACs", "seconds")])
     head = ["gate", "seeds that reach it", "after updates"]
-    head += [f"{k}: Switch's over its own" for k in ("updates = tokens", "MACs", "seconds")]
+    head += [f"{k}: {NAMES[goal]}'s over its own" for k in ("updates = tokens", "MACs", "seconds")]
     return table(head, lines)
 
 
@@ -193,13 +197,16 @@ def ablations(rows: list[Row], task: str = "lm") -> str:
             continue
         if row["gate"] == "evomoe_words" or dts:
             by_label["dts_words" if dts else row["label"]].append(row)
+    unknown = set(by_label) - {x for labels in ABLATIONS.values() for x in labels}
+    if unknown:
+        raise ValueError(f"name what these labels vary, in ABLATIONS: {', '.join(unknown)}")
     lines = []
     for what, labels in ABLATIONS.items():
         for label in labels:
             mine = by_label.get(label, [])
-            if not mine or not label:
+            if not mine:
                 continue
-            flags = mine[0]["flags"] or "--evo-spawn-update 0"
+            flags = "--evo-spawn-update 0" if label == "dts_words" else mine[0]["flags"]
             cells = [what, f"`{flags}`", str(len(mine)), spread(numbers(mine, "valid_nll_bits"), 3)]
             cells += [difference(mine, by_label[""], "valid_nll_bits", 3)]
             cells += [spread(numbers(mine, "active_experts"), 2)]
@@ -209,22 +216,22 @@ def ablations(rows: list[Row], task: str = "lm") -> str:
 
 
 def number_of_experts(rows: list[Row], task: str = "lm") -> str:
-    """Switch and EvoMoE with 2 to 64 experts, the same seed."""
-    lines = []
+    """Switch, DTS and EvoMoE with 2 to 64 experts, the same seed."""
+    gates = plots.BY_EXPERTS
     found = {
         (r["gate"], int(r["experts"])): r
         for r in rows
         if r["task"] == task and r["seed"] == "1" and not r["label"]
-        if r["updates"] == str(TASKS[task]["updates"]) and r["gate"] in ("switch", "evomoe_words")
+        if r["updates"] == str(TASKS[task]["updates"]) and r["gate"] in gates
     }
+    lines = []
     for experts in sorted({e for _, e in found}):
-        pair = [found.get((g, experts)) for g in ("switch", "evomoe_words")]
-        cells = [r["valid_nll_bits"] if r else "-" for r in pair]
-        cells += [f"{float(r['load_max_mean']):.2f}" if r else "-" for r in pair]
-        cells += [f"{float(r['dead_experts'] or 0):.0%}" if r else "-" for r in pair]
+        have = [found.get((g, experts)) for g in gates]
+        cells = [r["valid_nll_bits"] if r else "-" for r in have]
+        cells += [f"{float(r['load_max_mean']):.2f}" if r else "-" for r in have]
         lines.append([str(experts), *cells])
-    head = ["experts", "Switch", "EvoMoE", "load max/mean: Switch", "EvoMoE"]
-    return table([*head, "dead: Switch", "EvoMoE"], lines)
+    names = [NAMES[g] for g in gates]
+    return table(["experts", *names, *(f"load max/mean: {n}" for n in names)], lines)
 
 
 def active_experts(rows: list[Row]) -> str:
@@ -234,6 +241,8 @@ def active_experts(rows: list[Row]) -> str:
     order: dict[str, int] = defaultdict(int)
     for row in rows:
         at = row["class"]
+        if at in classes and (row["task"], row["layer"]) in classes[row["by"], at]:
+            raise ValueError("active_experts.csv has rows of two models of one task: keep one")
         if row["by"] == "frequency":
             order[row["task"] + row["layer"]] += 1
             at = f"{order[row['task'] + row['layer']]}"
@@ -292,6 +301,7 @@ def made() -> dict[str, str]:
         "quality": quality(rows),
         "significance": significance(load("significance")),
         "reach lm": reach(curves, speed, "lm", "800"),
+        "reach lm words": reach(curves, speed, "lm", "800", "switch_words"),
         "reach mlm": reach(curves, speed, "mlm", str(TASKS["mlm"]["updates"])),
         "ablations": ablations(rows),
         "experts": number_of_experts(rows),

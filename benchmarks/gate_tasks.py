@@ -5,9 +5,12 @@ Tasks: `multi30k` and `multi30k_de`, captions, English to German and back (train
 94 % train, 3 % valid, 3 % test; `mlm`, the same texts, masked, then fine-tuned to tell them apart.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece as spm
@@ -23,6 +26,7 @@ PRE_NORM = ("--encoder-normalize-before", "--decoder-normalize-before")
 LOOK_UPS = ("--moe-freq", "0", *PRE_NORM)
 PLAIN = ("--moe-gate-token-bias", "0")
 WORDS = ("--moe-gate-token-bias", "3")
+MASK = ("--evo-diversify", "mask", "--evo-diversify-ratio", "0.2")
 GATES: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "mixture": ("--moe-gate", "dense", *BALANCED),
@@ -34,7 +38,7 @@ GATES: dict[str, tuple[str, ...]] = {
     "hash": ("--moe-gate", "hash", *UNBALANCED),
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
     "expert_choice": ("--moe-gate", "expert_choice", *UNBALANCED),
-    "switch_evo": ("--moe-gate", "switch", "--evo-spawn-update", "{tenth}", *BALANCED),
+    "switch_evo": ("--moe-gate", "switch", "--evo-spawn-update", "{tenth}", *BALANCED, *MASK),
     "dts": ("--moe-gate", "dts", "--evo-spawn-update", "0", *BALANCED, *PLAIN),
     "evomoe": ("--moe-gate", "dts", *BALANCED, *PLAIN),
     "switch_words": ("--moe-gate", "switch", *BALANCED, *WORDS),
@@ -53,7 +57,7 @@ GATES: dict[str, tuple[str, ...]] = {
     "memory_half": (*LOOK_UPS, "--memory-ffn", "--memory-layers", "1,3"),
     "memory_experts": (
         *("--moe-gate", "dts", "--expert-type", "memory", "--memory-bits", "6"),
-        *(*PRE_NORM, *BALANCED),
+        *(*PRE_NORM, *BALANCED, *PLAIN),
     ),
 }
 """Name in the table -> flags. `dts` starts from independent experts, `evomoe` from one; `_words`
@@ -127,10 +131,27 @@ def prepare(task: str, data: Path, out: Path) -> Path:
     """Pieces and binarised data for a task, once; the folder."""
     translation = task.startswith("multi30k")
     folder = out / ("multi30k" if translation else "texts")
-    done = folder / "bin" / "done"
-    if done.exists():
-        return folder
     folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if not (folder / "done").exists():
+            _prepare(task, data, folder)
+            (folder / "done").touch()
+        if task == "mlm" and not (folder / "classes" / "done").exists():
+            _prepare_classes(data, folder)
+            (folder / "classes" / "done").touch()
+    return folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Other processes wait here until the folder is made."""
+    with (folder / "lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(task: str, data: Path, folder: Path) -> None:
+    translation = task.startswith("multi30k")
     languages = ("en", "de") if translation else ("",)
     splits = read_multi30k(data) if translation else read_texts(data)
     spm.SentencePieceTrainer.train(
@@ -151,8 +172,6 @@ def prepare(task: str, data: Path, out: Path) -> Path:
         BIN / "fairseq-preprocess", *kind, *prefixes, "--destdir", folder / "bin",
         out=folder / "preprocess.log",
     )  # fmt: skip
-    done.touch()
-    return folder
 
 
 def lines_of(path: Path) -> list[str]:
@@ -176,15 +195,13 @@ def read_texts(data: Path) -> dict[str, list[list[str]]]:
     return splits
 
 
-def prepare_classes(data: Path, folder: Path) -> Path:
-    """Which of the four texts is a passage of 16 words from? Binarised, once; the folder.
+def _prepare_classes(data: Path, folder: Path) -> None:
+    """Which of the four texts is a passage of 16 words from? Binarised, in `folder`/classes.
 
     Passages of training are from the training parts of the texts, 1000 of each, those of the test
     from the rest, 300 of each.
     """
     out = folder / "classes"
-    if (out / "done").exists():
-        return out
     pieces = spm.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     for split, at, most in (("train", slice(0, 94), 1000), ("valid", slice(94, 100), 300)):
         passages, labels = [], []
@@ -209,8 +226,6 @@ def prepare_classes(data: Path, folder: Path) -> Path:
             "--trainpref", out / f"train.{column}", "--validpref", out / f"valid.{column}",
             out=out / f"{column}.log",
         )  # fmt: skip
-    (out / "done").touch()
-    return out
 
 
 def flags_of(task: str, gate: str, updates: int) -> list[str]:

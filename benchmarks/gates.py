@@ -15,6 +15,7 @@ points of each run's curve to `curves.csv` beside it; a run whose row is there i
 import argparse
 import csv
 import json
+import math
 import re
 import statistics
 import sys
@@ -35,7 +36,6 @@ from gate_tasks import (  # noqa: E402
     flags_of,
     lines_of,
     prepare,
-    prepare_classes,
     run,
 )
 from timing import append, machine  # noqa: E402
@@ -44,6 +44,7 @@ FIELDS = (
     "task gate label seed updates experts flags valid_nll_bits test_nll_bits bleu chrf accuracy "
     "active_experts load_max_mean dead_experts threads device torch date"
 ).split()
+LOCK = Lock()
 CURVE = "task gate label seed updates experts at tokens valid_nll_bits active_experts".split()
 
 
@@ -78,7 +79,9 @@ def fine_tune(checkpoint: Path, classes: Path, experts: int, seed: int, flags: l
     out.mkdir(exist_ok=True)
     for left_over in out.glob("checkpoint*"):
         left_over.unlink()
-    mine = [f for i, f in enumerate(flags) if not {f, flags[i - 1]} & {"--evo-spawn-update"}]
+    # what belongs to the task that the model learnt under; each has a value
+    timing = [i for i, f in enumerate(flags) if f.startswith(("--evo-", "--dts-temperature-"))]
+    mine = [f for i, f in enumerate(flags) if not {i, i - 1} & set(timing)]
     run(
         BIN / "fairseq-train", classes, "--user-dir", USER_DIR, "--task", "sentence_prediction",
         "--num-classes", 4, "--init-token", 0, "--separator-token", 2, "--restore-file",
@@ -109,7 +112,7 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr-scheduler", "inverse_sqrt",
         "--moe-expert-count", experts, "--max-update", updates, "--seed", seed,
         "--save-dir", work, "--no-epoch-checkpoints", "--no-save-optimizer-state", "--cpu",
-        "--num-workers", "0", "--log-format", "json", "--log-interval", min(every, 20),
+        "--num-workers", "0", "--log-format", "json", "--log-interval", math.gcd(every, 20),
         "--validate-interval-updates", every, "--validate-interval", "999",
         "--save-interval", "999", *flags,
         out=work / "train.log",
@@ -152,9 +155,9 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
         tested = rows_in(work / "test.log", "test")[-1]
         row["test_nll_bits"] = tested.get("test_nll_loss", tested["test_loss"])
     if args.score and task == "mlm":
-        classes = prepare_classes(args.data, folder)
-        row["accuracy"] = fine_tune(checkpoint, classes, experts, seed, flags)
-    append(args.csv.parent / "curves.csv", CURVE, [key | x for x in curve(work / "train.log")])
+        row["accuracy"] = fine_tune(checkpoint, folder / "classes", experts, seed, flags)
+    with LOCK:
+        append(args.csv.parent / "curves.csv", CURVE, [key | x for x in curve(work / "train.log")])
     if not args.keep:
         checkpoint.unlink()
     (work / "checkpoint_best.pt").unlink(missing_ok=True)
@@ -187,7 +190,7 @@ def main() -> None:
     updates = args.updates or TASKS[args.task]["updates"]
     names = ("task", "gate", "label", "seed", "updates", "flags")
     key = lambda r: tuple(str(r[k]) for k in names)
-    seen, lock = set(), Lock()
+    seen = set()
     if args.csv.exists():
         with args.csv.open() as f:
             seen = {(*key(r), r["experts"]) for r in csv.DictReader(f)}
@@ -198,7 +201,7 @@ def main() -> None:
         if (*key(name | {"flags": " ".join(extra)}), experts) in seen:
             return
         row = one(args.task, gate, args.label, seed, args, extra, folder)
-        with lock:
+        with LOCK:
             append(args.csv, FIELDS, [row])
         print({k: v for k, v in row.items() if k not in ("device", "torch", "date")}, flush=True)
 

@@ -21,6 +21,7 @@ Row = dict[str, str]
 Series = dict[str, list[tuple[float, list[float]]]]
 GATES = ("dense", "switch", "gshard", "base", "hash", "stable", "dts", "evomoe")
 GATES += ("switch_words", "dts_words", "evomoe_words")
+BY_EXPERTS = ("switch", "switch_words", "dts_words", "evomoe_words")
 MARKS = "os^Dvx*P"
 DASHES = ("-", "--", "-.", ":")
 PAPER = {
@@ -74,7 +75,7 @@ def quality(rows: list[Row], titles: dict[str, str]) -> plt.Figure:
                 axis.plot([statistics.mean(values)], [y], "|", color="black", markersize=16)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("bits a token, to Switch")
+        axis.set_xlabel("bits a piece, to Switch")
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(shown)), [NAMES[g] for g in reversed(shown)])
     return figure
@@ -90,29 +91,33 @@ def curves(rows: list[Row], runs: Sequence[tuple[str, str, str]]) -> plt.Figure:
             late = int(row["at"]) >= int(updates) // 3
             if row["task"] == task and row["updates"] == updates and usual and late:
                 found[row["gate"]][int(row["at"])].append(float(row["valid_nll_bits"]))
-        draw_series(axis, {NAMES[g]: sorted(found[g].items()) for g in GATES if g in found})
-        axis.set(title=title, xlabel="updates", ylabel="validation NLL, bits a token")
+        shown = [(g, sorted(found[g].items())) for g in GATES if g in found]
+        draw_series(axis, {f"{NAMES[g]} ({len(p[-1][1])})": p for g, p in shown})
+        axis.set(
+            title=f"{title} (seeds)",
+            xlabel="updates, from a third of the run on",
+            ylabel="validation NLL, bits a piece",
+        )
         if found:
             axis.legend(fontsize=8)
     return figure
 
 
 def number_of_experts(rows: list[Row]) -> plt.Figure:
-    """Loss against the number of experts."""
+    """Loss against the number of experts, seed 1."""
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     series: Series = {}
-    for gate in ("switch", "evomoe_words"):
+    for gate in BY_EXPERTS:
         points = defaultdict(list)
         for row in rows:
             usual = row["updates"] == str(TASKS["lm"]["updates"]) and not row["label"]
             if row["task"] == "lm" and row["gate"] == gate and usual and row["seed"] == "1":
                 points[float(row["experts"])].append(float(row["valid_nll_bits"]))
-        if len(points) > 1:
-            series[NAMES[gate]] = sorted(points.items())
+        series[NAMES[gate]] = sorted(points.items())
     draw_series(axis, series)
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="experts", ylabel="validation NLL, bits a token")
-    axis.legend()
+    axis.set(xlabel="experts", ylabel="validation NLL, bits a piece")
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -134,6 +139,7 @@ def memory(rows: list[Row]) -> plt.Figure:
             mine: dict[float, list[float]] = defaultdict(list)
             for row in rows:
                 here = row["task"] == "lm" and row["gate"] == gate and row["seed"] == "1"
+                here &= row["updates"] == str(TASKS["lm"]["updates"])
                 words = row["flags"].split()
                 if here and (not words or (words[0] == flag and len(words) == 2)):
                     mine[float(words[1]) if words else usual].append(float(row["valid_nll_bits"]))
@@ -145,7 +151,7 @@ def memory(rows: list[Row]) -> plt.Figure:
         paper = PAPER[name]
         series["the paper"] = [(k, [log2(v / paper[usual])]) for k, v in paper.items()]
         draw_series(axis, series)
-        axis.set(xlabel=f"{name}, bits", ylabel=f"bits a token, to {name} = {usual}")
+        axis.set(xlabel=f"{name}, bits", ylabel=f"bits a piece, to {name} = {usual}")
         axis.legend(fontsize=8)
     return figure
 

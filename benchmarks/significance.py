@@ -45,7 +45,10 @@ def main() -> None:
     for row in rows:
         name = f"{args.task}-{row['gate']}-plain-{row['updates']}-{row['experts']}"
         path = args.out / f"{name}-seed{row['seed']}" / "test.hyp"
-        if not (row["bleu"] and row.items() >= usual.items() and path.is_file()):
+        if not (row["bleu"] and row.items() >= usual.items()):
+            continue
+        if not path.is_file():
+            print("left out, its translation is not there:", path)
             continue
         found = path.read_text(encoding="utf-8").splitlines()
         if abs(BLEU().corpus_score(found, [reference]).score - float(row["bleu"])) > 0.006:
@@ -71,8 +74,15 @@ def main() -> None:
                 row |= {"p": round(float(ours.p_value), 4), "updates": usual["updates"]}
                 out.append(row | {"resamples": 1000} | machine())
                 print(row, flush=True)
-    keep = [{k: r[k] for k in FIELDS} for r in out]
-    append(args.csv, FIELDS, keep)
+    new = [{k: r[k] for k in FIELDS} for r in out]
+    name = lambda r: tuple(str(r[k]) for k in ("task", "gate", "against", "seed", "updates"))
+    done = {name(r) for r in new}
+    old = []
+    if args.csv.exists():
+        with args.csv.open() as f:
+            old = [r for r in csv.DictReader(f) if name(r) not in done]
+        args.csv.unlink()
+    append(args.csv, FIELDS, old + new)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SECTIONS = (
         "Models: experts and gates",
         "`--arch transformer_evomoe` (`_iwslt_de_en`, `_wmt_en_de`, `_wmt_en_de_big`), "
         "`transformer_lm_evomoe` (`_gpt_small`, `_gpt_medium`, `_gpt_xl`), `roberta_evomoe` "
-        "(`_base`, `_large`). Architectures set `--moe-freq 2` and `--moe-expert-count` 4, 8 "
+        "(`_base`, `_large`). These set `--moe-freq 2` and `--moe-expert-count` 4, 8 "
         "(`_wmt_en_de`) or 16 (GPT and RoBERTa sizes).",
         config.MoEConfig,
     ),

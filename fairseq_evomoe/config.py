@@ -208,10 +208,10 @@ class SplitConfig(FairseqDataclass):
     """How the base expert becomes many."""
 
     evo_diversify: str = option(
-        "mask", "how copies of the base expert are made different: mask, drop, noise or copy"
+        "drop", "how copies of the base expert are made different: drop, mask, noise or copy"
     )
     evo_diversify_ratio: float = option(
-        0.2, "share of hidden units that mask silences, or drop re-initialises, in each copy"
+        0.5, "share of hidden units that drop re-initialises, or mask silences, in each copy"
     )
     evo_diversify_grain: str = option(
         "unit", "mask and drop choose whole hidden units (unit) or single weights (weight)"

@@ -8,7 +8,7 @@ usage() {
 options:
   --task T        lm (causal, GPT) or mlm (masked, RoBERTa) (lm)
   --model M       dense, evomoe, switch, gshard, base, hash, stable, memoryformer (evomoe)
-  --size S        tiny, small, base (GPT small, RoBERTa base)
+  --size S        tiny, small, base (GPT small, RoBERTa base), medium (the papers': GPT medium, RoBERTa large)
   --data DIR      {train,valid,test}.txt, or the downloaded files by their names
   --classes DIR   with --task mlm: fine-tune on DIR/{train,dev}.tsv, in GLUE's columns, named by
                   --text "sentence1 sentence2" (sentence) and --label NAME (label)
@@ -40,7 +40,8 @@ case $size in
     tiny) experts=4 shape="64 128 2 2" rate="3e-3 50 2048" length=64 ;;
     small) experts=8 shape="128 512 2 4" rate="3e-3 100 2048" length=128 ;;
     base) shape="768 3072 12 12" rate="5e-4 4000 2048" length=512 ;;
-    *) echo "--size $size: choose tiny, small or base" >&2; exit 2 ;;
+    medium) shape="1024 4096 24 16" rate="3e-4 4000 2048" length=512 ;;
+    *) echo "--size $size: choose tiny, small, base or medium" >&2; exit 2 ;;
 esac
 family=$(family_flags "$model") || exit 2
 read -r width hidden layers heads <<<"$shape"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fairseq_evomoe.modules.experts import Bank, Part
 
-MODES = ("mask", "drop", "noise", "copy")
+MODES = ("drop", "mask", "noise", "copy")
 _CHOICES = {
     "evo_diversify": MODES,
     "evo_diversify_grain": ("unit", "weight"),
@@ -22,10 +22,10 @@ class SplitRule:
     """What makes the copies of the base expert different.
 
     Attributes:
-        mode: `mask` silences, `drop` re-initialises from the mean and standard deviation of the
-            base's own weights (Drop-Upcycling, arXiv 2502.19261), `noise` adds noise * std(W) *
-            N(0, 1) to every weight, `copy` changes nothing.
-        ratio: share of hidden units, or of weights, for `mask` and `drop`.
+        mode: `drop` re-initialises from the mean and standard deviation of the base's own weights
+            (Drop-Upcycling, arXiv 2502.19261), `mask` silences (EvoMoE), `noise` adds noise *
+            std(W) * N(0, 1) to every weight, `copy` changes nothing.
+        ratio: share of hidden units, or of weights, for `drop` and `mask`.
         grain: `mask` and `drop` act on whole hidden units ("unit") or on single weights ("weight").
         weights: "fc1" (before the hidden units), "fc2" (behind them), "both", or "auto": for `mask`
             the side on which a silenced unit goes on learning, else both.
@@ -33,8 +33,8 @@ class SplitRule:
         keep_base: expert 0 stays as it is; otherwise it becomes a copy like the others.
     """
 
-    mode: str = "mask"
-    ratio: float = 0.2
+    mode: str = "drop"
+    ratio: float = 0.5
     grain: str = "unit"
     weights: str = "auto"
     noise: float = 0.1

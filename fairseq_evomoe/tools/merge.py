@@ -28,3 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint; its folder of experts beside it")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     checkpoint.command("evomoe-merge", parser, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from fairseq_evomoe.tools.checkpoint import (
     build,
     command,
     flags_of,
+    in_place_of,
     load,
     refuse_existing,
     with_flags,
@@ -166,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
     )
     write(checkpoint, args.output)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with in_place_of(args.json) as partial:
+            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
         f"wrote {args.output}: {report['experts_before']} -> {report['experts_after']} experts a "
         f"layer; loss on {report['subset']} {report['loss_before']} -> {report['loss_after']}"

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_evomoe.tools import page
-from fairseq_evomoe.tools.checkpoint import build, command, flags_of, load
+from fairseq_evomoe.tools.checkpoint import (
+    build,
+    command,
+    flags_of,
+    in_place_of,
+    load,
+    refuse_existing,
+)
 from fairseq_evomoe.tools.cost import BYTES, per_token
 
 
@@ -44,10 +51,13 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.context < 1:
         raise ValueError(f"--context {args.context}: give a number of positions, 1 or more")
+    if args.json:
+        refuse_existing(args.json)
     rows = flops(args.checkpoint, context=args.context, dtype=args.dtype, data=args.data)
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        with in_place_of(args.json) as partial:
+            partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:

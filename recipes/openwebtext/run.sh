@@ -6,10 +6,11 @@
 #                                                                documents that datasets can load
 #
 # 8 million documents, 40 GB of text, 9 billion pieces; every 2000th document is for validation, the one
-# after it for the test. Sizes as in the papers: `-- --arch transformer_lm_evomoe_gpt_medium` (24 layers of
-# width 1024, 16 experts in every second: 1.8 billion parameters, 32 GB with Adam's state in fp32).
+# after it for the test. The papers' size is `--size medium` (24 layers of width 1024, 16 experts in every
+# second: 1.9 billion parameters, 30 GB with Adam's state in fp32). An update has 2048 pieces; add
+# `-- --update-freq 32` or workers for the half million of a usual GPT.
 # Quoted, not measured here: the first version of the EvoMoE paper reports half the updates to the loss of
-# Switch. The address could not be tried where this was written.
+# Switch. The download itself is untested; what follows it is tested on documents of the same form.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RECIPE=recipes/openwebtext

@@ -3,8 +3,8 @@
 #
 #   bash recipes/wmt17_en_de/run.sh --model evomoe
 #
-# 5.9 million pairs; valid newstest2016, test newstest2017. The best single system of 2017 in
-# shared results, LMU, has 26.56 sacreBLEU on newstest2017, uedin 28.30 (their outputs, rescored).
+# 5.9 million pairs; valid newstest2016, test newstest2017. Systems of
+# 2017 on newstest2017, their outputs rescored with sacreBLEU: LMU 26.56, uedin 28.30.
 # Several GPUs: as in recipes/wmt14_en_de/run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -80,6 +80,15 @@ class Gate(nn.Module):
             "acts where a capacity drops tokens: give --moe-gate switch or gshard a "
             "--moe-capacity-factor",
         )
+        two = cfg.moe_gate == "gshard"
+        for flag, usual in (
+            ("--moe-second-expert-policy", two or cfg.moe_second_expert_policy == "sampling"),
+            (
+                "--moe-normalize-gate-prob-before-dropping",
+                two or not cfg.moe_normalize_gate_prob_before_dropping,
+            ),
+        ):
+            cfg.need(usual, flag, f"--moe-gate {cfg.moe_gate} has no second expert; give gshard")
         cfg.need(
             cls.takes_token_bias or not cfg.moe_gate_token_bias,
             "--moe-gate-token-bias",

@@ -19,6 +19,7 @@ from sacrebleu.significance import PairedTest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from gate_tasks import TASKS, lines_of  # noqa: E402
+from tables import NAMES  # noqa: E402
 from timing import append, machine  # noqa: E402
 
 FIELDS = "task gate against seed updates bleu_difference p resamples device torch date".split()
@@ -41,7 +42,8 @@ def main() -> None:
     usual = {k: str(TASKS[args.task][k]) for k in ("updates", "experts")}
     seen: dict[str, dict[str, list[str]]] = {}
     with (args.csv.parent / "gates.csv").open() as f:
-        rows = [r for r in csv.DictReader(f) if r["task"] == args.task and not r["label"]]
+        mine = [r for r in csv.DictReader(f) if r["task"] == args.task and not r["label"]]
+    rows = [r for r in mine if r["gate"] in NAMES]
     for row in rows:
         name = f"{args.task}-{row['gate']}-plain-{row['updates']}-{row['experts']}"
         path = args.out / f"{name}-seed{row['seed']}" / "test.hyp"

@@ -228,7 +228,7 @@ def number_of_experts(rows: list[Row], task: str = "lm") -> str:
     lines = []
     for experts in sorted({e for _, e in found}):
         have = [found.get((g, experts)) for g in gates]
-        cells = [r["valid_nll_bits"] if r else "-" for r in have]
+        cells = [f"{float(r['valid_nll_bits']):.3f}" if r else "-" for r in have]
         cells += [f"{float(r['load_max_mean']):.2f}" if r else "-" for r in have]
         lines.append([str(experts), *cells])
     names = [NAMES[g] for g in gates]

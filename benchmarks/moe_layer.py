@@ -6,6 +6,7 @@ Sparse stage: the whole layer (gate, plan, experts, combine) against a dense FFN
 FLOPs. Dense stage: against the two GEMMs of a dense FFN with E times the hidden width. Both ways
 take turns in every round, and the median of the rounds' ratios is reported, with the 20th and 80th
 percentile: single times on a shared machine mean little. FLOPs per round are 2 T D F k per GEMM.
+Freed memory stays in the process, for both, as it does in training.
 """
 
 import argparse
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
 
 from fairseq_evomoe.config import MoEConfig  # noqa: E402
+from fairseq_evomoe.kernels.pages import keep_freed_memory  # noqa: E402
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer  # noqa: E402
 from fairseq_evomoe.modules.plan import RoutingPlan  # noqa: E402
 from fairseq_evomoe.schedule import EvolutionSchedule  # noqa: E402
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="append rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     torch.manual_seed(1)
     T, D, H, E = args.tokens, args.width, args.hidden, args.experts
     x = torch.randn(T // 32, 32, D, requires_grad=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_evomoe.config import EvolutionConfig, MoEConfig
+from fairseq_evomoe.kernels.pages import keep_freed_memory
 from fairseq_evomoe.modules.gates import Gate, ScoreGate, StableGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.split import Diversity, SplitRule, diversity
@@ -173,6 +174,8 @@ class EvolutionMixin:
             )
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kw):
+        if next(model.parameters()).device.type == "cpu":
+            keep_freed_memory()
         self.evolve(model, optimizer, update_num, sample)
         for _, layer in moe_layers(model):
             # a dummy batch, for a worker that has run out of data, balances nothing

@@ -3,7 +3,9 @@
     python benchmarks/lookup.py --threads 1 --csv benchmarks/results/lookup.csv
 
 Contenders: nn.Linear in float32; the C++ look-up with tables in float32, bfloat16 and int8; torch's
-embedding_bag (`EVOMOE_BACKEND=torch`). Each is checked against the float64 reference first. Batch 1
+embedding_bag (`EVOMOE_BACKEND=torch`); with `--official DIR`, a checkout of the official code, its
+own CPU kernels (they take multiples of 64 rows, and need ninja to be built). Each is checked
+against the float64 reference first. Batch 1
 is a decoder's case: as many layers as make 128 MB of linear weights are called in turn, so that no
 weight is still in the cache; larger batches call one layer again and again. Beside each time stands
 the floor: what must come from memory over the measured copy rate, or for the linear layer its FLOPs
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from timing import append, copy_rate, gemm_rate, interleave, machine, milliseconds, ratios  # noqa
 
-from fairseq_evomoe.kernels import reference  # noqa: E402
+from fairseq_evomoe.kernels import backend, reference  # noqa: E402
 from fairseq_evomoe.kernels.lookup import lookup, quantise  # noqa: E402
 from fairseq_evomoe.kernels.pages import large_pages  # noqa: E402
 
@@ -33,28 +36,56 @@ FIELDS = (
     "case width rows mode ratio_p50 ratio_p20 ratio_p80 ms floor_ms linear_ms bits score "
     "threads device torch date"
 ).split()
-SIZE = {"fp32": 4, "bag": 4, "bf16": 2, "int8": 1}
+SIZE = {"fp32": 4, "bag": 4, "official": 4, "bf16": 2, "int8": 1}
+Official = Callable[[Tensor, Tensor], Tensor]
+
+
+def official_kernels(checkout: Path, threads: int) -> Official:
+    """Build them as their own code does; a function of z and tables. Bits come highest first."""
+    # they bring an OpenMP of their own, which torch.set_num_threads does not reach
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from torch.utils.cpp_extension import load
+
+    flags = ["-fopenmp", "-O3", "-march=native"]
+
+    def built(name: str, source: str) -> Any:
+        path = str(checkout / "memory_module" / source)
+        return load(name, [path], extra_cflags=flags, extra_ldflags=["-lgomp"])
+
+    score = built("official_score", "compute_code_score/torch_extension.cc")
+    gather = built("official_gather", "gather/cpu/torch_extension.cpp")
+
+    def lookup(z: Tensor, tables: Tensor) -> Tensor:
+        rows, count, _ = z.shape
+        code, p = z.new_empty(rows, count, dtype=torch.int32), z.new_empty(rows, count)
+        score.compute_code_score(z, code, p)
+        code += torch.arange(count, dtype=torch.int32) * tables.size(1)
+        return gather.weighted_vector_gather_add_avx2_par(code, tables.view(-1, tables.size(2)), p)
+
+    return lookup
 
 
 @contextmanager
 def serving(case: str) -> Iterator[None]:
-    """Within, torch serves the case `bag` and the C++ kernel the others."""
-    os.environ["EVOMOE_BACKEND"] = "torch" if case == "bag" else "native"
+    """Within, torch serves the case `bag`, and what the package chooses the others."""
+    backend.forced = "torch" if case == "bag" else ""
     try:
         yield
     finally:
-        del os.environ["EVOMOE_BACKEND"]
+        backend.forced = ""
 
 
 class Layers:
     """Layers of one width, many enough to be found cold, and inputs for each."""
 
-    def __init__(self, width: int, rows: int, bits: int, score: str) -> None:
+    def __init__(
+        self, width: int, rows: int, bits: int, score: str, official: Official | None
+    ) -> None:
         cold = rows == 1
         count = max(8, 134_000_000 // (4 * width * width)) if cold else 1
         k, n = -(-width // bits), 2**bits
         self.width, self.rows, self.score, self.count = width, rows, score, count
-        self.k, self.n = k, n
+        self.k, self.n, self.official = k, n, official if rows % 64 == 0 else None
         self.linear = [nn.Linear(width, width) for _ in range(count)]
         base = torch.randn(k, n, width)
         self.tables = [base.clone() for _ in range(count)]
@@ -76,6 +107,10 @@ class Layers:
         if case == "int8":
             small = self.small
             return lambda i: lookup(z[i], small[i], score=score, row_scale=scale)
+        if case == "official":
+            assert self.official is not None
+            tables, own = self.tables, self.official
+            return lambda i: own(z[i], tables[i])
         tables = self.half if case == "bf16" else self.tables
         return lambda i: lookup(z[i], tables[i], score=score)
 
@@ -87,6 +122,10 @@ class Layers:
             with serving(case):
                 error = (self.call(case)(0)[:64] - want).abs().max() / want.abs().max()
             assert error < tolerance, (case, error)
+        if self.official is not None:
+            want = reference.lookup(z.flip(-1), table, score="abs_prob")
+            error = (self.call("official")(0)[:64] - want).abs().max() / want.abs().max()
+            assert error < 1e-4, ("official", error)
 
     def forward(self, case: str) -> Callable[[], None]:
         call = self.call(case)
@@ -135,17 +174,20 @@ def main() -> None:
     parser.add_argument("--score", default="prob")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--official", type=Path, help="checkout of the official code")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
+    official = None if args.official is None else official_kernels(args.official, args.threads)
     flops, copied = gemm_rate(), copy_rate()
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {copied / 1e9:.1f} GB/s", flush=True)
     for width in args.widths:
         for rows in args.rows:
-            layers = Layers(width, rows, args.bits, args.score)
+            layers = Layers(width, rows, args.bits, args.score, official)
             layers.check()
-            modes = [("forward", layers.forward, ("fp32", "bf16", "int8", "bag"))]
+            named = ("fp32", "bf16", "int8", "bag") + ("official",) * bool(layers.official)
+            modes = [("forward", layers.forward, named)]
             if rows >= 256 and width < 2048:
                 modes.append(("forward+backward", layers.training, ("fp32", "bag")))
             made = []

@@ -15,22 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-def places(active: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each active pair stands in expert order: experts ascending, tokens within an expert.
-
-    Args:
-        active: (T, E) bool.
-
-    Returns:
-        place of each pair, (T, E) int32, -1 where inactive; ends of the experts' rows, (E,) int32.
-    """
-    count = active.to(torch.int32).cumsum(0, dtype=torch.int32)
-    load = count[-1] if len(count) else torch.zeros_like(active[:0].sum(0, dtype=torch.int32))
-    ends = load.cumsum(0, dtype=torch.int32)
-    place = count - 1 + (ends - load)
-    return place.masked_fill(~active, -1), ends
-
-
 @triton.jit
 def _spread(
     x_ptr, weight_ptr, place_ptr, out_ptr, rows_ptr, dot_ptr,
@@ -127,7 +111,8 @@ def _spread_rows(
     return rows, dots
 
 
-def _collect_rows(rows: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+def collect_rows(rows: Tensor, place: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Each token's rows (A, D), times their weights (T, E) if any, added: (T, D); no gradient."""
     tokens, experts = place.shape
     y = torch.empty(tokens, rows.size(1), dtype=rows.dtype, device=rows.device)
     if tokens:
@@ -147,7 +132,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        return _collect_rows(drows.contiguous(), place), None, None
+        return collect_rows(drows.contiguous(), place), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -155,7 +140,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, weight: Tensor, place: Tensor) -> Tensor:
         out, weight = out.contiguous(), weight.contiguous()
         ctx.save_for_backward(out, weight, place)
-        return _collect_rows(out, place, weight)
+        return collect_rows(out, place, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -194,19 +179,13 @@ def dispatch(x: Tensor, place: Tensor, pairs: int) -> Tensor:
     """Rows in expert order: x (T, D), place (T, E) -> (A, D).
 
     Args:
-        pairs: A; fewer than there are would write beyond the rows, so it must be exact.
+        pairs: A or more: rows to make room for; those beyond A are not written.
     """
     return _Dispatch.apply(x, place, pairs)
 
 
-def expert_of_rows(ends: Tensor, pairs: int) -> Tensor:
-    """Expert of each row in expert order, (A,) int32, from the ends (E,) of their rows."""
-    rows = torch.arange(pairs, dtype=torch.int32, device=ends.device)
-    return torch.searchsorted(ends, rows, right=True, out_int32=True)
-
-
 def add_bias(h: Tensor, bias: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-    """h (A, F) + bias (E, F) of each row's expert; `ends` (E,) as `places` gives them."""
+    """h (A, F) + bias (E, F) of each row's expert; `ends` (E,) of the experts' rows."""
     return _AddBias.apply(h, bias, expert, ends)
 
 

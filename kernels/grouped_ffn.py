@@ -9,6 +9,7 @@ width D, never of width F, and the weighted rows serve both weight and input gra
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,43 +39,44 @@ def moe_ffn(
     *,
     weights: Tensor,
     active: Tensor,
-    per_token: int | None = None,
+    at_most: int | None = None,
     activation: Callable[[Tensor], Tensor],
     dropout: float = 0.0,
 ) -> Tensor:
     """y_t = sum over the active pairs (t, e) of weight * FFN_e(x_t), from a plan's matrices.
 
-    On CPUs nearly dense plans run in place over all pairs (inactive ones weigh 0), and sparse ones
-    gather rows by expert, at a cost that follows the number of active pairs. On GPUs rows are
-    gathered and added back by Triton kernels around torch's grouped matrix products.
+    Nearly dense plans run in place over all pairs (inactive ones weigh 0), and sparse ones gather
+    rows by expert, at a cost that follows the number of active pairs: on GPUs by Triton kernels,
+    with the matrix products that suit the device (`grouped_ffn_gpu`).
 
     Args:
         x, w1, b1, w2, b2, activation, dropout: as for `grouped_ffn`.
         weights: combine weights, (T, E), 0 where inactive.
         active: (T, E) bool.
-        per_token: active experts of every token where that number is fixed; None: count them.
+        at_most: no token has more active experts than that; None: count them.
 
     Returns:
         (T, D), dtype of `x`, or of autocast.
     """
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
     name = backend.choose(
-        triton=lambda: grouped_ffn_gpu.why_not(x, w1),
+        triton=lambda: grouped_ffn_gpu.why_not(x, w1, activation, dropout),
         torch=backend.always,
         reference=backend.always,
     )
     tokens, experts = active.shape
+    nearly_all = DENSE_FROM * tokens * experts
+    rest: Any = dict(activation=activation, dropout=dropout)
     if name == "triton":
-        pairs = int(active.sum()) if per_token is None else per_token * tokens
+        pairs = int(active.sum()) if at_most is None else at_most * tokens
         with torch.autocast(x.device.type, enabled=False):
-            return grouped_ffn_gpu.sparse_ffn(
-                x,
-                *(w1, b1, w2, b2),
-                weight=weights,
-                active=active,
-                pairs=pairs,
-                activation=activation,
-                dropout=dropout,
+            if pairs < nearly_all:
+                return grouped_ffn_gpu.sparse_ffn(
+                    x, w1, b1, w2, b2, weight=weights, active=active, pairs=pairs, **rest
+                )
+            every = dict(token=None, counts=[tokens] * experts)
+            return _torch_grouped_ffn(
+                x, w1, b1, w2, b2, weight=weights.t().reshape(-1), **every, **rest
             )
     if torch.compiler.is_compiling():
         seed = torch.zeros((), dtype=torch.int64)
@@ -84,19 +86,11 @@ def moe_ffn(
         return compiled_moe_ffn(x, w1, b1, w2, b2, weights, active, seed, *told)
     token: Tensor | None
     token, counts = routing.sort_pairs(active)
-    if sum(counts) >= DENSE_FROM * tokens * experts:
+    if sum(counts) >= nearly_all:
         weight, token, counts = weights.t().reshape(-1), None, [tokens] * experts
     else:
         weight = weights.t().masked_select(active.t())
-    return grouped_ffn(
-        x,
-        *(w1, b1, w2, b2),
-        weight=weight,
-        token=token,
-        counts=counts,
-        activation=activation,
-        dropout=dropout,
-    )
+    return grouped_ffn(x, w1, b1, w2, b2, weight=weight, token=token, counts=counts, **rest)
 
 
 def grouped_ffn(

@@ -44,21 +44,19 @@ def lookup(
     Raises:
         ValueError: shapes that do not fit, or an unknown score.
     """
-    bits = z.size(-1)
-    if z.dim() != 3 or tables.dim() != 3 or tables.shape[:2] != (z.size(1), 2**bits):
+    given, stored = z.shape, tables.shape
+    if len(given) != 3:
+        raise ValueError(f"z is (B, K, t), not {tuple(given)}")
+    if len(stored) != 3 or stored[0] != given[1] or stored[1] != 2 ** given[2]:
         raise ValueError(
-            f"z {tuple(z.shape)} needs tables ({z.size(1)}, {2**bits}, H), got "
-            f"{tuple(tables.shape)}"
+            f"z {tuple(given)} needs tables ({given[1]}, {2 ** given[2]}, H), got {tuple(stored)}"
         )
     if score not in SCORES:
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
-    native = lookup_cuda if z.device.type == "cuda" else lookup_cpu
-    name = backend.choose(
-        native=lambda: native.why_not(z, tables),
-        triton=lambda: _without_triton(z, tables),
-        torch=backend.always,
-        reference=backend.always,
-    )
+    native = lookup_cuda if z.is_cuda else lookup_cpu
+    # one row takes no longer than asking every backend in turn
+    at_once = not backend.forced and not native.why_not(z, tables)
+    name = "native" if at_once else _choose(z, tables)
     if name == "native":
         return native.lookup(z, tables, score=score, temperature=temperature, row_scale=row_scale)
     if name == "triton":
@@ -74,6 +72,16 @@ def lookup(
             return _Lookup.apply(z, tables, score, temperature)
         whole = tables if row_scale is None else tables.float() * row_scale[..., None]
         return reference.lookup(z, whole, score=score, temperature=temperature)
+
+
+def _choose(z: Tensor, tables: Tensor) -> str:
+    native = lookup_cuda if z.is_cuda else lookup_cpu
+    return backend.choose(
+        native=lambda: native.why_not(z, tables),
+        triton=lambda: _without_triton(z, tables),
+        torch=backend.always,
+        reference=backend.always,
+    )
 
 
 def _without_triton(z: Tensor, tables: Tensor) -> str:

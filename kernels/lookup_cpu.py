@@ -18,7 +18,7 @@ TABLES = (torch.float32, torch.bfloat16, torch.int8)
 
 def why_not(z: Tensor, tables: Tensor) -> str:
     """What keeps this kernel from serving a call; "" where nothing does."""
-    if z.device.type != "cpu":
+    if not z.is_cpu:
         return f"it runs on CPUs, not on {z.device.type}"
     if z.dtype == torch.float64 or tables.dtype not in TABLES:
         return f"it has no {z.dtype} with tables of {tables.dtype}"
@@ -91,7 +91,7 @@ def lookup(
         y = ops.lookup_cpu.default(*args)[0]
     else:
         y = ops.lookup_cpu_infer.default(*args)
-    return y if y.dtype == z.dtype else y.to(z.dtype)
+    return y if wide is z else y.to(z.dtype)
 
 
 def _fake(z, tables, row_scale, score, temperature, isa):

@@ -79,25 +79,25 @@ class Bank(nn.Module):
         return self.one(0, x)
 
     def compute(
-        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+        self, x: Tensor, active: Tensor, weights: Tensor, at_most: int | None = None
     ) -> Tensor:
         """sum_e weight_te FFN_e(x_t) over active pairs, of the experts that this worker holds.
 
         Args:
             x: (T, D). active, weights: (T, count) bool and float.
-            per_token: active experts of every token where that number is fixed.
+            at_most: active experts of a token, where that number has a limit.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
-        active, weights, per_token = plan.active, plan.weights, plan.per_token
+        active, weights, at_most = plan.active, plan.weights, plan.at_most
         if self.share is not None:
             return self._forward_shared_out(x, active, weights, self.share)
         if self.shared:
             active, weights = self._beside_shared(active, weights * 0.5, 0.5)
-            per_token = None if per_token is None else per_token + 1
-        return self.compute(x, active, weights, per_token)
+            at_most = None if at_most is None else at_most + 1
+        return self.compute(x, active, weights, at_most)
 
     @staticmethod
     def _beside_shared(active: Tensor, weights: Tensor, shared: float) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,7 @@ class ExpertBank(Bank):
         return F.linear(h, self.w2[expert], self.b2[expert])
 
     def compute(
-        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+        self, x: Tensor, active: Tensor, weights: Tensor, at_most: int | None = None
     ) -> Tensor:
         return moe_ffn(
             x,
@@ -220,7 +220,7 @@ class ExpertBank(Bank):
             self.b2,
             weights=weights,
             active=active,
-            per_token=per_token,
+            at_most=at_most,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )

@@ -101,7 +101,7 @@ class MemoryBank(Bank):
         return self._apply_expert(self._unbound()[expert], x)
 
     def compute(
-        self, x: Tensor, active: Tensor, weights: Tensor, per_token: int | None = None
+        self, x: Tensor, active: Tensor, weights: Tensor, at_most: int | None = None
     ) -> Tensor:
         token, counts = routing.sort_pairs(active)
         weight = weights.t().masked_select(active.t()).to(x.dtype)

@@ -76,8 +76,8 @@ class RoutingPlan:
         logits: gate logits, (T, E) float32.
         asked: the pairs before a capacity turned some away, (T, E) bool; None: none was.
         distill: loss of a router in training beside the gate (StableMoE), scalar; None: no such.
-        per_token: active experts of every token where the rule fixes their number; it spares a
-            GPU the wait for a count.
+        at_most: active experts of a token, where the rule limits their number; it spares a GPU the
+            wait for a count. None: it may be all.
     """
 
     weights: Tensor
@@ -86,7 +86,7 @@ class RoutingPlan:
     logits: Tensor
     asked: Tensor | None = None
     distill: Tensor | None = None
-    per_token: int | None = None
+    at_most: int | None = None
 
     @property
     def wanted(self) -> Tensor:

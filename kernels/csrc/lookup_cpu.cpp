@@ -43,15 +43,19 @@ struct Job {
     float temperature;
 };
 
-// numbers aligned to a cache line, freed at the end of the scope
+// numbers aligned to a cache line, for the length of a scope; few lie on the stack
 struct Scratch {
-    float* data;
-    explicit Scratch(int64_t n)
-        : data((float*)std::aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64)) {
+    static constexpr int64_t FEW = 1024;
+    alignas(64) float few[FEW];
+    float* data = few;
+    explicit Scratch(int64_t n) {
+        if (n > FEW) data = (float*)std::aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64);
         if (data == nullptr) throw std::bad_alloc();
     }
     Scratch(const Scratch&) = delete;
-    ~Scratch() { std::free(data); }
+    ~Scratch() {
+        if (data != few) std::free(data);
+    }
 };
 
 template <class F>
@@ -121,6 +125,21 @@ int64_t best_isa() {
 #define DISPATCH(isa, call) portable::call
 #endif
 
+// uninitialised and contiguous; straight from the allocator, since a call through the dispatcher
+// costs as much as the look-up of a few short rows
+template <size_t n>
+Tensor fresh(const int64_t (&sizes)[n], ScalarType type = ScalarType::Float) {
+    int64_t strides[n];
+    int64_t stride = 1;
+    for (size_t i = n; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+    const int32_t dtype =
+        type == ScalarType::Int ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32();
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        n, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 Job job(const Tensor& z, const Tensor& tables, int64_t score, double temperature) {
     Job j{};
     j.z = (const float*)z.const_data_ptr();
@@ -149,9 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> lookup_forward(
     const Tensor& z, const Tensor& tables, std::optional<Tensor> row_scale, int64_t score,
     double temperature, int64_t isa) {
     const Job j = job(z, tables, score, temperature);
-    Tensor y = torch::stable::new_empty(z, {j.B, j.H});
-    Tensor code = torch::stable::new_empty(z, {j.B, j.K}, ScalarType::Int);
-    Tensor p = torch::stable::new_empty(z, {j.B, j.K});
+    Tensor y = fresh({j.B, j.H});
+    Tensor code = fresh({j.B, j.K}, ScalarType::Int);
+    Tensor p = fresh({j.B, j.K});
     run_forward(j, tables, row_scale, isa, (int32_t*)code.mutable_data_ptr(),
                 (float*)p.mutable_data_ptr(), (float*)y.mutable_data_ptr());
     return {y, code, p};
@@ -161,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> lookup_forward(
 Tensor lookup_infer(const Tensor& z, const Tensor& tables, std::optional<Tensor> row_scale,
                     int64_t score, double temperature, int64_t isa) {
     const Job j = job(z, tables, score, temperature);
-    Tensor y = torch::stable::new_empty(z, {j.B, j.H});
+    Tensor y = fresh({j.B, j.H});
     Scratch code(j.B * j.K), p(j.B * j.K);
     run_forward(j, tables, row_scale, isa, (int32_t*)code.data, p.data,
                 (float*)y.mutable_data_ptr());
@@ -173,8 +192,8 @@ std::tuple<Tensor, Tensor> lookup_backward(
     const Tensor& dy, const Tensor& z, const Tensor& tables, const Tensor& code, const Tensor& p,
     int64_t score, double temperature, bool need_z, bool need_t, int64_t isa) {
     Job j = job(z, tables, score, temperature);
-    Tensor dz = torch::stable::new_empty(z, {need_z ? j.B : 0, j.K, j.t});
-    Tensor dt = torch::stable::new_empty(z, {need_t ? j.K : 0, j.N, j.H});
+    Tensor dz = fresh({need_z ? j.B : 0, j.K, j.t});
+    Tensor dt = fresh({need_t ? j.K : 0, j.N, j.H});
     float* dz_at = need_z ? (float*)dz.mutable_data_ptr() : nullptr;
     float* dt_at = need_t ? (float*)dt.mutable_data_ptr() : nullptr;
     if (!need_z && !need_t) return {dz, dt};

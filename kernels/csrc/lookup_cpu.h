@@ -224,6 +224,8 @@ static void read_tiles(const Job& j, const T* tables, const int32_t* code, const
             const int32_t* c = code + b * j.K + k;
             const float* w = p + b * j.K + k;
             fv sum[R] = {};
+            // rows of y lie too far apart for the processor to guess the next one
+            for (int64_t c0 = 0; c0 < W; c0 += 16) __builtin_prefetch(out + 8 * j.H + c0, 1);
             if (k > 0) {
                 if (width == W)
                     for (int r = 0; r < R; r++) sum[r] = load(out + r * V);
@@ -249,6 +251,7 @@ static void announce(const Job& j, const T* tables, const int32_t* code) {
         const char* row = (const char*)(tables + (k * j.N + code[k]) * j.H);
         for (int64_t at = 0; at < std::min<int64_t>(256, j.H * sizeof(T)); at += 64)
             __builtin_prefetch(row + at);
+        if (j.row_scale) __builtin_prefetch(j.row_scale + k * j.N + code[k]);
     }
 }
 

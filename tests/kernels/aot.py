@@ -13,13 +13,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_evomoe.kernels import dispatch_triton, gate_triton, lookup_triton
+from fairseq_evomoe.kernels import (
+    dispatch_triton,
+    fused_ffn_triton,
+    gate_triton,
+    lookup_triton,
+    routing_triton,
+)
 
 TARGETS = (80, 90)
 
@@ -127,6 +134,67 @@ def cases():
         {"R": 64, "W": 128},
         ("width",),
     )
+    yield from routing_cases()
+    yield from fused_cases()
+
+
+def routing_cases():
+    shape = routing_triton.shape(64)
+    sizes = {"tokens": "i32", "experts": "i32"}
+    count = {"active_ptr": "*i8", "count_ptr": "*i32", **sizes}
+    yield "count pairs", routing_triton._count, count, shape, ()
+    yield (
+        "accumulate counts",
+        routing_triton._accumulate,
+        {"count_ptr": "*i32", "ends_ptr": "*i32", "blocks": "i32", "experts": "i32"},
+        {"R": shape["B"], "W": shape["W"]},
+        (),
+    )
+    pointers = ("before_ptr", "ends_ptr", "place_ptr", "token_ptr", "expert_ptr")
+    place = {"active_ptr": "*i8", **dict.fromkeys(pointers, "*i32"), **sizes, "pairs": "i32"}
+    yield "place pairs", routing_triton._place, place, shape, ()
+
+
+def fused_cases():
+    """Both products at every tile that they have, at the sizes that divide by 16."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for each in (8, 64) if name == "fp32" else (8, 64, 256):
+            sizes = fused_ffn_triton.tiles(each, 1, dtype)
+            exact = {"PRECISION": "ieee", "WIDEN": False}
+            own = {"token_ptr": "*i32", "ends_ptr": "*i32", "experts": "i32", "weight_ptr": "*fp32"}
+            for mode in range(4):
+                values = ("a_ptr", "b_ptr", "bias_ptr", "out_ptr", "h_ptr", "pre_ptr")
+                numbers = ("pairs", "depth", "width", "b_width", "b_depth")
+                apart = {"b_depth": 1} if mode < 2 else {"b_width": 1}
+                yield (
+                    f"grouped rows {mode}, {name}, {each} rows an expert",
+                    fused_ffn_triton._rows,
+                    {
+                        **dict.fromkeys(values, f"*{name}"),
+                        **{"dots_ptr": "*fp32", **own},
+                        **{n: "i32" for n in numbers if n not in apart},
+                    },
+                    {
+                        **{"GATHER": mode in (0, 2), "MODE": mode, "ACTIVATION": 1, "W": 16},
+                        **{**exact, **sizes, **apart},
+                    },
+                    ("depth", "width", "b_width", "b_depth"),
+                )
+            for weighted in (False, True):
+                values = ("a_ptr", "b_ptr", "out_ptr", "bias_ptr")
+                yield (
+                    f"grouped weights, weighted {weighted}, {name}, {each} rows an expert",
+                    fused_ffn_triton._weights,
+                    {
+                        **dict.fromkeys(values, f"*{name}"),
+                        **{**own, "height": "i32", "width": "i32"},
+                    },
+                    {
+                        **{"GATHER_A": weighted, "GATHER_B": not weighted, "WEIGHTED": weighted},
+                        **{**exact, **sizes, **fused_ffn_triton.weight_tiles(sizes)},
+                    },
+                    ("height", "width"),
+                )
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -145,12 +213,15 @@ def main() -> None:
     for name, kernel, signature, constants, even in cases():
         order = kernel.arg_names
         types = {n: signature.get(n, "constexpr") for n in order}
-        divisible = [n for n in order if types[n].startswith("*") or n in even]
+        divisible = [
+            n for n in order if types[n].startswith("*") or (n in even and types[n] == "i32")
+        ]
         attrs = {(order.index(n),): [["tt.divisibility", 16]] for n in divisible}
+        options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
         constexprs = {(order.index(n),): v for n, v in constants.items()}
         for target in TARGETS:
             source = ASTSource(kernel, types, constexprs, attrs)
-            made = triton.compile(source, target=GPUTarget("cuda", target, 32))
+            made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             found = resources(made.asm["cubin"])
             print(json.dumps({"kernel": name, "sm": target, **found}), flush=True)
 

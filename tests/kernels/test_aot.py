@@ -18,6 +18,7 @@ def test_compiled_for_gpus_that_are_not_here():
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-    assert {r["sm"] for r in rows} == {80, 90} and len(rows) >= 54
+    assert {r["sm"] for r in rows} == {80, 90} and len(rows) >= 150
     for row in rows:
-        assert row["stack"] == row["local"] == 0 and row["reg"] <= 128, row
+        most = 255 if row["kernel"].startswith("grouped") else 128
+        assert row["stack"] == row["local"] == 0 and row["reg"] <= most, row

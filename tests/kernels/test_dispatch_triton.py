@@ -3,18 +3,14 @@
 import pytest
 import torch
 from conftest import DEVICE
+from fairseq.utils import get_activation_fn
 from test_grouped_ffn import by_loops, problem
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import routing
-from fairseq_evomoe.kernels.dispatch_triton import (
-    add_bias,
-    combine,
-    dispatch,
-    expert_of_rows,
-    places,
-)
-from fairseq_evomoe.kernels.grouped_ffn_gpu import sparse_ffn, why_not
+from fairseq_evomoe.kernels import backend, grouped_ffn_gpu, routing
+from fairseq_evomoe.kernels.dispatch_triton import add_bias, combine, dispatch
+from fairseq_evomoe.kernels.grouped_ffn_gpu import choose_product, sparse_ffn, unfit, why_not
+from fairseq_evomoe.kernels.routing_triton import sort_pairs
 
 CASES = [
     (7, 3, 4, 8, 0.5, ()),
@@ -28,51 +24,108 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.gelu], ids=["relu", "gelu"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_whole_path(case, activation):
-    """Output and every gradient equal those of loops over tokens and experts in float64."""
+fairseq_gelu = get_activation_fn("gelu")
+PRODUCTS = ("grouped_mm", "fused")
+
+
+def compared(case, activation, *, dtype=torch.float32, tolerance=1e-4, spare=0):
+    """Output and every gradient beside those of loops over tokens and experts in float64.
+
+    `spare` rows are made room for beyond those that there are.
+    """
     x, w, active, gate = problem(*case[:5], empty=case[5])
-    dy = torch.randn_like(x)
+    narrow = lambda t: t.detach().to(dtype).to(t.dtype).requires_grad_()
+    x, *w, gate = (narrow(t) for t in (x, *w, gate))
+    dy = torch.randn_like(x).to(dtype).to(x.dtype)
     leaves = [x, *w, gate]
-    by_loops(x, w, active, gate, activation).backward(dy)
+    expected = by_loops(x, w, active, gate, activation)
+    expected.backward(dy)
     want = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-    ours = [p.detach().float().to(DEVICE).requires_grad_() for p in leaves]
+    ours = [p.detach().to(dtype).to(DEVICE).requires_grad_() for p in leaves]
     x2, w2, gate2 = ours[0], ours[1:5], ours[5]
     on = active.to(DEVICE)
-    y = sparse_ffn(
-        x2, *w2, weight=gate2 * on, active=on, pairs=int(active.sum()), activation=activation
-    )
-    y.backward(dy.float().to(DEVICE))
-    expected = by_loops(x, w, active, gate, activation)
-    assert torch.allclose(y.cpu().double(), expected, atol=1e-4)
-    for have, p in zip(ours, want, strict=True):
-        found = torch.zeros_like(have) if have.grad is None else have.grad
-        assert torch.allclose(found.cpu().double(), p, atol=1e-4)
+    pairs = int(active.sum()) + spare
+    y = sparse_ffn(x2, *w2, weight=gate2 * on, active=on, pairs=pairs, activation=activation)
+    assert y.dtype == dtype
+    y.backward(dy.to(dtype).to(DEVICE))
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in ours]
+    for a, b in zip([y, *found], [expected, *want], strict=True):
+        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        assert torch.allclose(a.detach().cpu().double(), b, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 5), (40, 8)])
-def test_places_are_the_sorted_order(shape):
-    """The same order as the CPU's: experts ascending, tokens ascending within an expert."""
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("activation", [F.relu, F.gelu], ids=["relu", "gelu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_whole_path(case, activation, product, monkeypatch):
+    monkeypatch.setattr(grouped_ffn_gpu, "product", product)
+    compared(case, activation)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5]], ids=str)
+def test_rows_to_spare(case, product, monkeypatch):
+    """Room for more rows than there are: what is in them (NaN here) reaches nothing."""
+    monkeypatch.setattr(grouped_ffn_gpu, "product", product)
+    compared(case, F.gelu, spare=9)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], (150, 2, 40, 136, 0.9, ())], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(case, dtype, monkeypatch):
+    """Inputs that the format holds exactly: what differs is rounding on the way."""
+    monkeypatch.setattr(grouped_ffn_gpu, "product", "fused")
+    compared(case, F.gelu, dtype=dtype, tolerance=0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+@pytest.mark.parametrize("case", [(300, 3, 20, 70, 0.9, ()), (70, 2, 33, 65, 0.5, (0,))], ids=str)
+def test_no_power_of_two_and_many_tiles(case, monkeypatch):
+    """Rows, widths and depths that end within a tile, and more than one tile of each."""
+    monkeypatch.setattr(grouped_ffn_gpu, "product", "fused")
+    compared(case, F.gelu)
+
+
+def test_the_same_twice(monkeypatch):
+    """Bit for bit, gradients included."""
+    monkeypatch.setattr(grouped_ffn_gpu, "product", "fused")
+    x, w, active, gate = problem(40, 4, 16, 24, 0.6, empty=())
+    made = []
+    for _ in range(2):
+        leaves = [p.detach().float().to(DEVICE).requires_grad_() for p in (x, *w, gate)]
+        y = sparse_ffn(
+            *leaves[:5], weight=leaves[5], active=active.to(DEVICE), pairs=int(active.sum()),
+            activation=F.relu,
+        )  # fmt: skip
+        y.sum().backward()
+        made.append([y, *(p.grad for p in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("block", [None, 1, 4, 64])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 5), (40, 8), (9, 300)])
+def test_places_are_the_sorted_order(shape, block):
+    """The same order as the CPU's, whatever the block: experts ascending, tokens within."""
     active = torch.rand(shape) < 0.4
-    place, ends = places(active.to(DEVICE))
     token, counts = routing.sort_pairs(active)
-    assert ends.tolist() == torch.tensor(counts).cumsum(0).tolist()
-    assert torch.equal(place.cpu() >= 0, active)
-    for t, e in active.nonzero().tolist():
-        at = int(place[t, e])
-        assert int(token[at]) == t and (ends[e] - counts[e]) <= at < ends[e]
+    found = sort_pairs(active.to(DEVICE), len(token), block=block)
+    assert found.ends.tolist() == torch.tensor(counts).cumsum(0).tolist()
+    assert found.token.tolist() == token.tolist()
+    assert found.expert.tolist() == [e for e, n in enumerate(counts) for _ in range(n)]
+    assert torch.equal(found.place.cpu() >= 0, active)
+    for row, (t, e) in enumerate(zip(found.token.tolist(), found.expert.tolist(), strict=True)):
+        assert int(found.place[t, e]) == row
+    more = sort_pairs(active.to(DEVICE), len(token) + 3, block=block)
+    assert torch.equal(more.place, found.place) and more.expert[len(token) :].tolist() == [0] * 3
 
 
 def test_bfloat16_sums_in_float32():
     """300 experts of weight and output 1: the sum counts them all, where bfloat16 would not."""
     experts = 300
     active = torch.ones(2, experts, dtype=torch.bool, device=DEVICE)
-    place, ends = places(active)
+    place = sort_pairs(active, 2 * experts).place
     x = torch.ones(2, 8, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    rows, expert = dispatch(x, place, 2 * experts), expert_of_rows(ends, 2 * experts)
+    rows = dispatch(x, place, 2 * experts)
     assert rows.dtype == torch.bfloat16 and torch.equal(rows, torch.ones_like(rows))
-    assert expert.tolist() == [e for e in range(experts) for _ in range(2)]
     y = combine(rows, torch.ones(2, experts, device=DEVICE), place)
     assert torch.equal(y.float(), torch.full((2, 8), 300.0, device=DEVICE))
     y.sum().backward()
@@ -93,10 +146,28 @@ def test_bias_gradient_of_experts_without_rows_is_zero():
     assert torch.allclose(bias.grad, want) and torch.equal(h.grad, dy)
 
 
-def test_what_it_cannot_serve_is_said():
-    """Each reason names itself."""
-    x = torch.zeros(2, 8)
-    w = torch.zeros(2, 16, 8)
-    assert "not on cpu" in why_not(x, w)
-    meta = torch.zeros(2, 6, device="meta")
-    assert why_not(meta, w)
+def test_what_it_cannot_serve_is_said(monkeypatch):
+    """Each reason names itself, and a product that is told but cannot serve raises."""
+    x, w = torch.zeros(2, 8), torch.zeros(2, 16, 8)
+    assert "not on cpu" in why_not(x, w, F.relu, 0.0)
+    monkeypatch.setattr(backend, "without_triton", lambda device: "")
+    assert why_not(x, w, F.relu, 0.0) == "" and "float64" in why_not(x.double(), w, F.relu, 0.0)
+    odd = torch.zeros(2, 6), torch.zeros(2, 16, 6)
+    assert why_not(*odd, F.relu, 0.0) == ""  # our own takes any width
+    assert "multiples of 4; its other product has no dropout" in why_not(*odd, F.relu, 0.1)
+    assert "ReLU and GELU" in why_not(*odd, torch.tanh, 0.0)
+    monkeypatch.setattr(grouped_ffn_gpu, "product", "fused")
+    with pytest.raises(ValueError, match="'fused': has no dropout"):
+        choose_product(x, w, F.relu, 0.1)
+
+
+def test_the_product_follows_device_dtype_and_activation():
+    """torch's has a kernel for bfloat16 on new devices; odd widths, dropout, others decide."""
+    x, w = torch.zeros(2, 8), torch.zeros(2, 16, 8)
+    assert choose_product(x, w, F.relu, 0.0) == "grouped_mm"
+    assert choose_product(x.half(), w.half(), F.relu, 0.0) == "fused"
+    assert choose_product(x.half(), w.half(), F.relu, 0.1) == "grouped_mm"
+    assert choose_product(x.half(), w.half(), torch.tanh, 0.0) == "grouped_mm"
+    assert choose_product(torch.zeros(2, 6), torch.zeros(2, 16, 6), F.relu, 0.0) == "fused"
+    assert unfit(x, w, fairseq_gelu, 0.0) == {"grouped_mm": "", "fused": ""}
+    assert torch.equal(fairseq_gelu(x + 1), F.gelu(x + 1))

@@ -1,5 +1,7 @@
 """kernels/grouped_ffn.py and routing.py against plain loops."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -58,7 +60,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grouped_ffn(case, activation, backend_name, monkeypatch):
     """Output and every gradient equal those of loops over tokens and experts."""
-    monkeypatch.setenv("EVOMOE_BACKEND", backend_name)
+    monkeypatch.setattr(backend, "forced", backend_name)
     *sizes, density, empty = case
     x, w, active, gate = problem(*sizes, density, empty=empty)
     expected = by_loops(x, w, active, gate, activation)
@@ -203,17 +205,20 @@ def test_pairs_must_add_up():
 def test_forced_backend(monkeypatch):
     """EVOMOE_BACKEND chooses; a name that cannot be served raises instead of falling back."""
     able = {"native": lambda: "no compiler", "torch": backend.always, "reference": backend.always}
-    monkeypatch.delenv("EVOMOE_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "forced", "")
     assert backend.choose(**able) == "torch"
     assert backend.choose(**able | {"native": backend.always}) == "native"
-    monkeypatch.setenv("EVOMOE_BACKEND", "reference")
+    monkeypatch.setattr(backend, "forced", "reference")
     assert backend.choose(**able) == "reference"
     for name, why in (
         ("quantum", "'quantum': choose one of"),
         ("native", "no compiler"),
     ):
-        monkeypatch.setenv("EVOMOE_BACKEND", name)
+        monkeypatch.setattr(backend, "forced", name)
         with pytest.raises(ValueError, match=why):
             backend.choose(**able)
     with pytest.raises(ValueError, match="it has torch"):
         backend.choose(torch=backend.always)
+    for value in ("torch", ""):
+        monkeypatch.setenv("EVOMOE_BACKEND", value)
+        assert importlib.reload(backend).forced == value

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from fairseq_evomoe.kernels import backend, reference
 from fairseq_evomoe.kernels import lookup as kernel
-from fairseq_evomoe.kernels import reference
 from fairseq_evomoe.kernels.lookup import SCORES, codes, lookup, quantise, score_moment
 
 SHAPES = [
@@ -115,7 +115,7 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 def test_chunks_change_nothing(monkeypatch):
     """The memory bound of mixed dtypes splits rows, not results."""
-    monkeypatch.setenv("EVOMOE_BACKEND", "torch")
+    monkeypatch.setattr(backend, "forced", "torch")
     z, tables = inputs((37, 3, 4, 5))
     whole = lookup(z, tables.bfloat16(), score="prob")
     monkeypatch.setattr(kernel, "_CHUNK", 40)
@@ -153,7 +153,7 @@ def test_bad_shapes_and_scores():
 @pytest.mark.parametrize("score", SCORES)
 def test_int8_tables(score, name, monkeypatch):
     """A scale a row: within half a step of each row of the float result, exact on whole steps."""
-    monkeypatch.setenv("EVOMOE_BACKEND", name)
+    monkeypatch.setattr(backend, "forced", name)
     z, tables = inputs((40, 3, 4, 5))
     small, scale = quantise(tables)
     assert small.dtype == torch.int8 and scale.shape == (3, 16)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fairseq_evomoe.kernels import lookup_cpu, native, reference
+from fairseq_evomoe.kernels import backend, lookup_cpu, native, reference
 from fairseq_evomoe.kernels.lookup import SCORES, lookup, quantise
 
 SHAPES = [
@@ -28,7 +28,7 @@ def isa(request, monkeypatch):
     assert not lookup_cpu.missing()
     if lookup_cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
         pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("EVOMOE_BACKEND", "native")
+    monkeypatch.setattr(backend, "forced", "native")
     with chosen(monkeypatch, request.param):
         yield
 
@@ -198,7 +198,7 @@ def test_what_it_cannot_serve_is_said(monkeypatch):
     assert torch.allclose(
         lookup(*args, score="prob"), reference.lookup(*args, score="prob"), atol=1e-12
     )
-    monkeypatch.setenv("EVOMOE_BACKEND", "native")
+    monkeypatch.setattr(backend, "forced", "native")
     with pytest.raises(ValueError, match="it has no torch.float64"):
         lookup(*args, score="prob")
     with (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fairseq_evomoe.kernels import lookup_cuda, native, reference
+from fairseq_evomoe.kernels import backend, lookup_cuda, native, reference
 from fairseq_evomoe.kernels.lookup import SCORES, lookup, quantise
 
 SOURCE = native.SOURCES / "lookup_cuda.cu"
@@ -132,7 +132,7 @@ def test_on_a_gpu(shape, monkeypatch):
     """Real shapes equal the reference, as op and in a CUDA graph that sees new input."""
     if lookup_cuda.missing():
         pytest.skip(lookup_cuda.missing())
-    monkeypatch.setenv("EVOMOE_BACKEND", "native")
+    monkeypatch.setattr(backend, "forced", "native")
     rows, count, bits, width = shape
     z, tables = (
         torch.randn(*s, device=DEVICE) for s in ((rows, count, bits), (count, 2**bits, width))

@@ -45,7 +45,7 @@ class BaseGate(ScoreGate):
             active = mask_of(balanced_assignment(logits.detach()), logits.size(1))
         else:
             active = top_k_mask(logits, 1)
-        return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits, per_token=1)
+        return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits, at_most=1)
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         return super().balance(plan, load).detach()

@@ -16,4 +16,4 @@ class DenseGate(ScoreGate):
         self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
     ) -> RoutingPlan:
         active = torch.ones_like(probs, dtype=torch.bool)
-        return RoutingPlan(probs, active, probs, logits, per_token=probs.size(1))
+        return RoutingPlan(probs, active, probs, logits, at_most=probs.size(1))

@@ -94,7 +94,7 @@ class DenseToSparseGate(ScoreGate):
         cfg = self.cfg
         if cfg.dts_parity and not self.training:
             active = top_k_mask(probs, 1)
-            return RoutingPlan(probs * active, active, probs, logits, per_token=1)
+            return RoutingPlan(probs * active, active, probs, logits, at_most=1)
 
         hard = clock.stage == Stage.HARD
         strength = {"none": None, "annealed": clock.warmth, "gumbel": 1.0}[cfg.dts_noise]
@@ -108,8 +108,8 @@ class DenseToSparseGate(ScoreGate):
         )
         bias = cfg.moe_balance_bias * self.bias_steps.float() if cfg.moe_balance_bias else None
         weights, active, probs = dense_to_sparse(logits, rule, bias, probs)
-        fixed = cfg.dts_top_k if hard else None
-        return RoutingPlan(weights, active, probs, logits, per_token=fixed)
+        limit = cfg.dts_top_k if hard else cfg.dts_max_experts or None
+        return RoutingPlan(weights, active, probs, logits, at_most=limit)
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         if self.cfg.dts_parity:

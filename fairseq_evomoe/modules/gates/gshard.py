@@ -71,7 +71,7 @@ class GShardGate(ScoreGate):
             total = weights.sum(-1, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1)
         asked = first | second if limits else None
-        return RoutingPlan(weights, active, probs, logits, asked=asked)
+        return RoutingPlan(weights, active, probs, logits, asked=asked, at_most=2)
 
     def load(self, plan: RoutingPlan) -> Tensor:
         return top_k_mask(self.scores(plan.logits), 1).sum(0).float()

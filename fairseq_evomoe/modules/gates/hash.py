@@ -54,7 +54,7 @@ class HashGate(Gate):
             self._complete = True
         active = mask_of(self.table[tokens.token], self.cfg.moe_expert_count)
         weights = active.float()
-        return RoutingPlan(weights, active, weights, torch.zeros_like(weights), per_token=1)
+        return RoutingPlan(weights, active, weights, torch.zeros_like(weights), at_most=1)
 
 
 def _table(cfg: MoEConfig, site: Site) -> Tensor:

@@ -71,7 +71,7 @@ class StableGate(ScoreGate):
             active = top_k_mask(logits, 1)
             distill = self._distill(active, tokens) if self.training else None
         weights = torch.sigmoid(logits) * active
-        return RoutingPlan(weights, active, probs, logits, distill=distill, per_token=1)
+        return RoutingPlan(weights, active, probs, logits, distill=distill, at_most=1)
 
     def _distill(self, active: Tensor, tokens: TokenBatch) -> Tensor:
         words = F.linear(self.words[tokens.token].float(), self.distilled.float())

@@ -31,5 +31,4 @@ class SwitchGate(ScoreGate):
             limit = capacity(self.cfg, len(probs), 1)
             (active,) = within_capacity([wanted], limit, priority=surest)
         asked = wanted if limits else None
-        fixed = None if limits else 1
-        return RoutingPlan(probs * active, active, probs, logits, asked=asked, per_token=fixed)
+        return RoutingPlan(probs * active, active, probs, logits, asked=asked, at_most=1)

@@ -31,4 +31,4 @@ class TopKGate(ScoreGate):
         weights = probs * active
         if self.cfg.moe_top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        return RoutingPlan(weights, active, probs, logits, per_token=self.cfg.moe_top_k)
+        return RoutingPlan(weights, active, probs, logits, at_most=self.cfg.moe_top_k)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "modules": {"kernels", "parallel", "modules", "config", "memory_config", "schedule"},
     "models": {"modules", "models", "config", "memory_config"},
     "criterions": {"modules", "criterions", "compat", "schedule"},
-    "tasks": {"compat", "modules", "parallel", "tasks", "config", "schedule"},
+    "tasks": {"compat", "kernels", "modules", "parallel", "tasks", "config", "schedule"},
     "tools": {
         "parallel",
         "kernels",

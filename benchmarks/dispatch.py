@@ -1,22 +1,31 @@
-"""Ways to bring tokens to experts: ours beside what other code does, top-1, whole layer forward.
+"""Ways to bring tokens to experts: ours beside what other code does.
 
     python benchmarks/dispatch.py --threads 2 --csv benchmarks/results/dispatch.csv
+    python benchmarks/dispatch.py --device cuda --dtype bfloat16 --tokens 16384 --width 1024 \
+        --hidden 4096 --routing top1 top2 mix --cases ours fused grouped_mm transformers
 
 - official: EvoMoE's own code restated: one-hot masks (T, E, T), every expert on T slots;
-- gshard: one-hot masks (T, E, C) with C = 2 T / E slots, tokens beyond them dropped (fairscale,
-  DeepSpeed);
-- grouped_mm: tokens sorted by expert, torch's grouped matrix product, rows added back;
-- dense: an FFN of the same active FLOPs, the floor.
+- gshard: one-hot masks (T, E, C) with C twice the mean load (fairscale, DeepSpeed);
+- grouped_mm: pairs sorted by expert, torch's grouped matrix product, rows added back;
+- transformers: that library's grouped form, where it is installed;
+- eager: one expert after another by indices, as transformers does without it;
+- fused, on CUDA: ours with our own products where torch's would serve;
+- the floor: a dense FFN of the same active FLOPs.
 
-All use the same weights and the same routing and are checked against each other (gshard where it
-drops nothing). Peak memory is of a process that does nothing else, less that of the floor's.
+Routing: top1 and top2 with even loads, mix with a mean of 3 experts and any number a token, as a
+dense-to-sparse gate chooses. All use the same weights and the same routing and are checked against
+each other. `floor_ms` is the FLOPs over the measured rate of a matrix product. Peak memory is of a
+forward pass: on CPUs of a process that does nothing else, less that of the floor's.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,127 +34,253 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from timing import append, interleave, machine, milliseconds, ratios  # noqa: E402
+from timing import append, gemm_rate, interleave, machine, milliseconds, ratios  # noqa: E402
 
-from fairseq_evomoe.kernels import routing  # noqa: E402
-from fairseq_evomoe.kernels.grouped_ffn import grouped_ffn  # noqa: E402
+from fairseq_evomoe.kernels import grouped_ffn_gpu  # noqa: E402
+from fairseq_evomoe.kernels.grouped_ffn import moe_ffn  # noqa: E402
+from fairseq_evomoe.kernels.pages import keep_freed_memory  # noqa: E402
 
 FIELDS = (
-    "case tokens experts width hidden ratio_p50 ratio_p20 ratio_p80 ms peak_mb "
-    "threads device torch date"
+    "case routing mode tokens experts width hidden ratio_p50 ratio_p20 ratio_p80 ms dense_ms "
+    "floor_ms peak_mb dtype threads device torch date"
 ).split()
+ROUTINGS = ("top1", "top2", "mix")
+
+
+def routing(kind: str, tokens: int, experts: int) -> Tensor:
+    """The active pairs, (T, E) bool."""
+    if kind != "mix":
+        # as even as a balanced router makes it, so that no way of dispatch drops a token
+        first = torch.randperm(tokens) % experts
+        active = F.one_hot(first, experts)
+        if kind == "top2":
+            active += F.one_hot((first + 1 + torch.randperm(tokens) % (experts - 1)) % experts)
+        return active > 0
+    each = (1 + torch.poisson(torch.full((tokens,), 2.0))).clamp_(max=experts)
+    rank = torch.rand(tokens, experts).argsort(1).argsort(1)
+    return rank < each[:, None]
 
 
 class Layer:
     """Weights, tokens and a routing that all ways share."""
 
-    def __init__(self, tokens: int, experts: int, width: int, hidden: int) -> None:
+    def __init__(self, sizes: list[int], kind: str, device: str, dtype: torch.dtype) -> None:
+        tokens, experts, width, hidden = sizes
         torch.manual_seed(1)
-        self.x = torch.randn(tokens, width)
-        self.w1 = torch.randn(experts, hidden, width) / width**0.5
-        self.w2 = torch.randn(experts, width, hidden) / hidden**0.5
-        self.b1, self.b2 = torch.zeros(experts, hidden), torch.zeros(experts, width)
-        # as even as a balanced router makes it, so that no way of dispatch drops a token
-        self.expert = torch.randperm(tokens) % experts
-        self.weight = torch.rand(tokens)
-        self.tokens, self.experts = tokens, experts
+        new = lambda *shape: torch.randn(*shape).to(device, dtype)
+        leaf = lambda t: t.detach().requires_grad_()
+        self.tokens, self.experts, self.kind = tokens, experts, kind
+        self.active = routing(kind, tokens, experts).to(device)
+        self.pairs = int(self.active.sum())
+        self.x = leaf(new(tokens, width))
+        self.w1 = leaf(new(experts, hidden, width) / width**0.5)
+        self.w2 = leaf(new(experts, width, hidden) / hidden**0.5)
+        self.b1, self.b2 = leaf(new(experts, hidden)), leaf(new(experts, width))
+        self.weights = leaf(torch.rand(tokens, experts).to(device))
+        self.dy = new(tokens, width)
+        # multiples of 8, as tensor cores and vectors like them
+        wide = round(hidden * self.pairs / tokens / 8) * 8
+        self.v1, self.v2 = leaf(new(wide, width) / width**0.5), leaf(new(width, wide) / wide**0.5)
+        self.flops = 4 * self.pairs * width * hidden
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.w1, self.b1, self.w2, self.b2, self.weights, self.v1, self.v2]
 
     def ours(self) -> Tensor:
-        active = F.one_hot(self.expert, self.experts).bool()
-        token, counts = routing.sort_pairs(active)
-        return grouped_ffn(
-            self.x, self.w1, self.b1, self.w2, self.b2,
-            weight=self.weight[token], token=token, counts=counts, activation=F.relu,
+        # what the gates say of their plans
+        at_most = {"top1": 1, "top2": 2}.get(self.kind)
+        return moe_ffn(
+            self.x, self.w1, self.b1, self.w2, self.b2, weights=self.weights * self.active,
+            active=self.active, at_most=at_most, activation=F.relu,
         )  # fmt: skip
 
-    def _slots(self, capacity: int) -> Tensor:
-        chosen = F.one_hot(self.expert, self.experts)
-        place = (chosen.cumsum(0) - 1)[torch.arange(self.tokens), self.expert]
-        kept = place < capacity
-        masks = torch.zeros(self.tokens, self.experts, capacity)
-        masks[kept.nonzero()[:, 0], self.expert[kept], place[kept]] = 1
-        return masks
+    def fused(self) -> Tensor:
+        grouped_ffn_gpu.product = "fused"
+        try:
+            return self.ours()
+        finally:
+            grouped_ffn_gpu.product = ""
 
     def _einsum(self, capacity: int) -> Tensor:
-        masks = self._slots(capacity)
+        place = self.active.long().cumsum(0) - 1
+        kept = self.active & (place < capacity)
+        masks = self.x.new_zeros(self.tokens, self.experts, capacity)
+        t, e = kept.nonzero(as_tuple=True)
+        masks[t, e, place[t, e]] = 1
         rows = torch.einsum("tec,td->ecd", masks, self.x)
         h = torch.baddbmm(self.b1[:, None], rows, self.w1.transpose(1, 2)).relu_()
         out = torch.baddbmm(self.b2[:, None], h, self.w2.transpose(1, 2))
-        return torch.einsum("tec,ecd->td", masks * self.weight[:, None, None], out)
+        return torch.einsum("tec,ecd->td", masks * self.weights[..., None].to(masks.dtype), out)
 
     def official(self) -> Tensor:
         return self._einsum(self.tokens)
 
     def gshard(self) -> Tensor:
-        return self._einsum(-(-2 * self.tokens // self.experts))
+        return self._einsum(min(self.tokens, -(-2 * self.pairs // self.experts)))
 
     def grouped_mm(self) -> Tensor:
-        order = self.expert.sort(stable=True).indices
-        ends = torch.bincount(self.expert, minlength=self.experts).cumsum(0).int()
-        rows = self.x[order]
-        h = F.grouped_mm(rows, self.w1.transpose(1, 2), offs=ends).relu_()
-        out = F.grouped_mm(h, self.w2.transpose(1, 2), offs=ends)
-        return torch.zeros_like(self.x).index_add_(0, order, out * self.weight[order, None])
+        expert, token = self.active.t().nonzero(as_tuple=True)
+        ends = self.active.sum(0).cumsum(0).int()
+        rows = self.x[token]
+        h = (F.grouped_mm(rows, self.w1.transpose(1, 2), offs=ends) + self.b1[expert]).relu_()
+        out = F.grouped_mm(h, self.w2.transpose(1, 2), offs=ends) + self.b2[expert]
+        out = out * self.weights[token, expert, None].to(out.dtype)
+        return torch.zeros_like(self.x).index_add_(0, token, out)
+
+    def eager(self) -> Tensor:
+        y = torch.zeros_like(self.x)
+        for e in range(self.experts):
+            (token,) = torch.where(self.active[:, e])
+            h = F.linear(self.x[token], self.w1[e], self.b1[e]).relu_()
+            out = F.linear(h, self.w2[e], self.b2[e])
+            y = y.index_add(0, token, out * self.weights[token, e, None].to(out.dtype))
+        return y
+
+    def transformers(self) -> Tensor:
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        # slots without an expert are numbered E, as that library does for experts elsewhere
+        most = int(self.active.sum(1).max())
+        index = self.active.int().topk(most, 1).indices
+        on = self.active.gather(1, index)
+        index = index.masked_fill(~on, self.experts)
+        weights = self.weights.gather(1, index.clamp(max=self.experts - 1)) * on
+        layer = SimpleNamespace(
+            num_experts=self.experts, has_gate=False, has_bias=True, has_post_expert_norm=False,
+            is_transposed=False, _is_expert_parallel=self.kind == "mix", act_fn=F.relu,
+            up_proj=self.w1, up_proj_bias=self.b1, down_proj=self.w2, down_proj_bias=self.b2,
+        )  # fmt: skip
+        return grouped_mm_experts_forward(layer, self.x, index, weights.to(self.x.dtype))
 
     def dense(self) -> Tensor:
-        return F.linear(F.linear(self.x, self.w1[0], self.b1[0]).relu_(), self.w2[0], self.b2[0])
+        return F.linear(F.linear(self.x, self.v1).relu_(), self.v2)
+
+    def step(self, case: str, backward: bool) -> Callable[[], None]:
+        function = getattr(self, case)
+
+        def run() -> None:
+            if not backward:
+                with torch.no_grad():
+                    function()
+                return
+            for leaf in self.leaves():
+                leaf.grad = None
+            function().backward(self.dy)
+
+        return run
+
+    def check(self, cases: list[str]) -> None:
+        """Output and gradients of every case beside ours."""
+        exact = self.x.dtype == torch.float32
+        found = {}
+        for case in ["ours", *cases]:
+            for leaf in self.leaves():
+                leaf.grad = None
+            y = getattr(self, case)()
+            y.backward(self.dy)
+            grads = [leaf.grad for leaf in self.leaves()[:6]]
+            grads[5] = grads[5] * self.active
+            found[case] = [y.detach(), *grads]
+        for case in cases:
+            for a, b in zip(found[case], found["ours"], strict=True):
+                error = (a - b).abs().max() / b.abs().max()
+                assert error < (1e-3 if exact else 0.05), (case, float(error))
 
 
-CASES = ("ours", "grouped_mm", "gshard", "official")
+CASES = ("ours", "grouped_mm", "transformers", "eager", "gshard", "official")
 
 
-def peak(case: str, sizes: list[int]) -> int:
-    """Peak memory of a process that runs one case, bytes."""
-    command = [sys.executable, __file__, "--peak", case, *(str(s) for s in sizes)]
-    return int(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+def peak(case: str, layer: Layer, arguments: list[str]) -> float:
+    """Peak memory of one case beyond that of the floor, MB."""
+    if layer.x.is_cuda:
+        most = {}
+        for name in (case, "dense"):
+            torch.cuda.reset_peak_memory_stats()
+            layer.step(name, False)()
+            most[name] = torch.cuda.max_memory_allocated()
+        return (most[case] - most["dense"]) / 1e6
+    alone = [
+        int(
+            subprocess.run(
+                [sys.executable, __file__, "--peak", name, *arguments],
+                capture_output=True, text=True, check=True,
+            ).stdout.split()[-1]
+        )
+        for name in (case, "dense")
+    ]  # fmt: skip
+    return (alone[0] - alone[1]) / 1e6
+
+
+def report_peak() -> None:
+    case, kind, *sizes = sys.argv[2:]
+    layer = Layer([int(s) for s in sizes], kind, "cpu", torch.float32)
+    layer.step(case, False)()
+    status = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM")))
+
+
+def measure(layer: Layer, sizes: list[int], cases: list[str], args: Any, rate: float) -> None:
+    layer.check([c for c in cases if c != "ours"])
+    told = [layer.kind, *(str(s) for s in sizes)]
+    peaks = {case: round(peak(case, layer, told)) for case in cases}
+    for mode in args.modes:
+        backward = "backward" in mode
+        steps = {name: layer.step(name, backward) for name in ("dense", *cases)}
+        times = interleave(steps, args.rounds)
+        rows = [
+            {
+                **{"case": case, "routing": layer.kind, "mode": mode},
+                **dict(zip(("tokens", "experts", "width", "hidden"), sizes, strict=True)),
+                **ratios(times, case, "dense"),
+                "ms": milliseconds(times[case]),
+                "dense_ms": milliseconds(times["dense"]),
+                "floor_ms": round(1e3 * layer.flops * (3 if backward else 1) / rate, 4),
+                **{"peak_mb": peaks[case], "dtype": args.dtype},
+                **machine(args.device),
+            }
+            for case in cases
+        ]
+        for row in rows:
+            print({k: row[k] for k in FIELDS[:14]}, flush=True)
+        append(args.csv, FIELDS, rows)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
-        case, *sizes = sys.argv[2:]
-        with torch.no_grad():
-            getattr(Layer(*(int(s) for s in sizes)), case)()
-        status = Path("/proc/self/status").read_text().splitlines()
-        print(next(int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM")))
+        report_peak()
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts", type=int, nargs="+", default=[16])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["top1"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    modes = ["forward", "forward+backward"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for tokens in args.tokens:
-        sizes = [tokens, args.experts, args.width, args.hidden]
-        layer = Layer(*sizes)
-        functions: dict[str, Callable[[], Tensor]] = {c: getattr(layer, c) for c in CASES}
-        with torch.no_grad():
-            want = layer.ours()
-            for case in CASES:
-                assert torch.allclose(functions[case](), want, atol=1e-3), case
-            times = interleave({"dense": layer.dense, **functions}, args.rounds)
-        floor = peak("dense", sizes)
-        rows = [
-            {
-                **{"case": case, "tokens": tokens, "experts": args.experts},
-                **{"width": args.width, "hidden": args.hidden},
-                **ratios(times, case, "dense"),
-                "ms": milliseconds(times[case]),
-                "peak_mb": round((peak(case, sizes) - floor) / 1e6),
-                **machine(),
-            }
-            for case in CASES
-        ]
-        for row in rows:
-            print({k: row[k] for k in FIELDS[:10]}, flush=True)
-        append(args.csv, FIELDS, rows)
+    keep_freed_memory()
+    cases = list(args.cases)
+    if "transformers" in cases and importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: left out", flush=True)
+        cases.remove("transformers")
+    dtype = getattr(torch, args.dtype)
+    size = 1024 if args.device == "cpu" else 8192
+    rate = gemm_rate(size, dtype=dtype, device=args.device)
+    print(f"matrix product {rate / 1e9:.0f} GFLOP/s", flush=True)
+    for experts in args.experts:
+        for kind in args.routing:
+            for tokens in args.tokens:
+                sizes = [tokens, experts, args.width, args.hidden]
+                measure(Layer(sizes, kind, args.device, dtype), sizes, cases, args, rate)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,15 @@ class Routed(nn.Module):
         active[torch.randperm(tokens * experts)[:pairs]] = True
         active = active.view(tokens, experts)
         weights = torch.rand(tokens, experts) * active
-        self.plan = RoutingPlan(weights, active, weights, weights)
+        here = layer.experts.w1.device
+        self.plan = RoutingPlan(*(t.to(here) for t in (weights, active, weights, weights)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bank(x.flatten(0, 1), self.plan)
+        return self.bank(x.flatten(0, 1), self.plan).view_as(x)
 
 
 def step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
-    direction = torch.randn(x.shape[0] * x.shape[1], x.shape[2])
+    direction = torch.randn_like(x.detach())
 
     def run() -> None:
         if not backward:
@@ -84,7 +85,7 @@ def step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
         module.zero_grad(set_to_none=True)
         x.grad = None
         y = module(x)
-        y.backward(direction.view_as(y))
+        y.backward(direction)
 
     return run
 
@@ -98,27 +99,33 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="names of rows; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--csv", type=Path, help="append rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     torch.manual_seed(1)
     T, D, H, E = args.tokens, args.width, args.hidden, args.experts
-    x = torch.randn(T // 32, 32, D, requires_grad=True)
+    to = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    x = torch.randn(T // 32, 32, D).to(**to).requires_grad_()
 
     cases: list[tuple[str, nn.Module, nn.Module, int]] = []
     for k in (1, 2):
         gate = "switch" if k == 1 else "topk"
-        cases.append((f"sparse top-{k}", moe_layer(D, H, E, gate, k), dense_ffn(D, k * H), k))
-    cases.append(("dense stage", moe_layer(D, H, E, "dense", 1), dense_ffn(D, E * H), E))
+        layer = moe_layer(D, H, E, gate, k).to(**to)
+        cases.append((f"sparse top-{k}", layer, dense_ffn(D, k * H), k))
+    dense = moe_layer(D, H, E, "dense", 1).to(**to)
+    cases.append(("dense stage", dense, dense_ffn(D, E * H), E))
     for density in (0.25, 0.5, 0.75, 0.9):
-        routed = Routed(moe_layer(D, H, E, "dense", 1), T, density)
+        routed = Routed(dense, T, density)
         cases.append((f"density {density}", routed, dense_ffn(D, E * H), E))
 
     rows = []
     for name, ours, floor, k in cases:
         if args.cases and name not in args.cases:
             continue
+        floor.to(**to)
         for mode, backward in (("forward", False), ("forward+backward", True)):
             times = interleave(
                 {"ours": step(ours, x, backward), "floor": step(floor, x, backward)}, args.rounds
@@ -131,8 +138,8 @@ def main() -> None:
                 **{"ms": milliseconds(times["ours"]), "ms_floor": floor_ms},
                 "gflops_floor": round(flops / floor_ms / 1e6, 1),
                 **{"tokens": T, "width": D, "hidden": H, "experts": E},
-                **{"dtype": "float32"},
-                **machine(),
+                **{"dtype": args.dtype},
+                **machine(args.device),
             }
             rows.append(row)
             print(json.dumps({k_: row[k_] for k_ in FIELDS[1:9]}), flush=True)

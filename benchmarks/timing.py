@@ -25,6 +25,8 @@ def interleave(
         for name, function in order if turn % 2 else reversed(order):
             start = time.perf_counter()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn >= warm:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -45,9 +47,9 @@ def milliseconds(times: Sequence[float]) -> float:
     return round(1e3 * statistics.median(times), 4)
 
 
-def gemm_rate(size: int = 1024) -> float:
-    """FLOP/s of a float32 matrix product of this machine, with torch's threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def gemm_rate(size: int = 1024, **like: Any) -> float:
+    """FLOP/s of a matrix product of this machine; dtype and device as for torch.randn."""
+    a, b = torch.randn(size, size, **like), torch.randn(size, size, **like)
     seconds = interleave({"mm": lambda: torch.mm(a, b)}, 9)["mm"]
     return 2 * size**3 / statistics.median(seconds)
 
@@ -67,11 +69,11 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Columns that say where a row was measured."""
     return {
         "threads": torch.get_num_threads(),
-        "device": cpu_name(),
+        "device": cpu_name() if device == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }

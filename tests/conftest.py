@@ -23,6 +23,13 @@ sys.path.insert(0, str(ROOT))
 USER_DIR = ROOT / "fairseq_evomoe"
 
 
+def pytest_collection_modifyitems(items):
+    """`-m gpu` selects every test that runs on a GPU where there is one."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "DEVICE"):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random stream, on one thread."""

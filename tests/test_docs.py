@@ -73,10 +73,11 @@ def test_tables_are_what_the_rows_say():
     pytest.importorskip("matplotlib")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import evidence
+    import speed
     import tables
 
-    places = [*tables.places(), *evidence.places()]
-    assert len(places) >= 11
+    places = [*tables.places(), *evidence.places(), *speed.places()]
+    assert len(places) >= 16
     for path, marker, text in places:
         page = path.read_text(encoding="utf-8")
         start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"

@@ -17,10 +17,13 @@ def balance_loss(probs: Tensor, load: Tensor) -> Tensor:
     Returns:
         scalar float32; 0 when there is no token.
     """
-    if probs.size(0) == 0:
-        return probs.sum()
+    return balance_of_means(probs.sum(0) / max(1, len(probs)), load)
+
+
+def balance_of_means(mean: Tensor, load: Tensor) -> Tensor:
+    """`balance_loss` from the mean probability of each expert, (E,) float32."""
     share = load.float() / load.sum().clamp(min=1)
-    return probs.size(1) * (share * probs.mean(0)).sum()
+    return len(mean) * (share * mean).sum()
 
 
 def official_balance_loss(weights: Tensor, active: Tensor) -> Tensor:

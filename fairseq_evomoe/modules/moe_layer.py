@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.memory_config import MemoryConfig
-from fairseq_evomoe.modules import losses
 from fairseq_evomoe.modules.experts import Bank, ExpertBank
 from fairseq_evomoe.modules.gates import GATES, Site
 from fairseq_evomoe.modules.memory_experts import MemoryBank
@@ -254,18 +253,18 @@ class EvoMoELayer(RecordingLayer):
         share = self.gate.load(plan)
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
             dist.all_reduce(share)
+        count = len(plan.probs)
         values = torch.stack(
             [
                 self.gate.balance(plan, share),
-                losses.z_loss(plan.logits),
-                losses.entropy_loss(plan.probs),
+                plan.sums.z / max(1, count),
+                plan.sums.entropy / max(1, count),
                 share.new_zeros(()) if plan.distill is None else plan.distill,
             ]
         )
         if self.recording:
-            load = plan.wanted.sum(0).float()
-            tokens = load.new_tensor(plan.probs.size(0))
-            spread = losses.entropy(plan.probs.detach()).sum()
+            load, spread = plan.sums.load, plan.sums.entropy.detach()
+            tokens = load.new_tensor(count)
             dropped = load.sum() - plan.active.sum()
             self.record = RoutingRecord(
                 *(self.name, clock.stage, clock.temperature, tokens, load),

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fairseq_evomoe.kernels.routing_sums import RoutingSums, routing_sums
 from fairseq_evomoe.schedule import Stage
 
 
@@ -87,6 +88,11 @@ class RoutingPlan:
     asked: Tensor | None = None
     distill: Tensor | None = None
     at_most: int | None = None
+
+    @cached_property
+    def sums(self) -> RoutingSums:
+        """What losses and metrics need of it."""
+        return routing_sums(self.logits, self.probs, self.wanted)
 
     @property
     def wanted(self) -> Tensor:

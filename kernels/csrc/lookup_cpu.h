@@ -106,17 +106,59 @@ static void confidence(const float* z, float* out, int64_t n, float slope) {
 #pragma GCC optimize("no-tree-vectorize", "no-tree-slp-vectorize")
 // row of each table from the K slices of one row of z
 static void find(const Job& j, const float* z, int32_t* code) {
-    for (int64_t k = 0; k < j.K; k++) {
+    int64_t k = 0;
+    // a comparison's mask holds the codes of slices of 8
+#if EVOMOE_LANES == 16
+    for (; j.t == 8 && k + 2 <= j.K; k += 2) {
+        const fv v = load(z + k * 8);
+        const uint32_t mask = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GE_OQ);
+        code[k] = mask & 255;
+        code[k + 1] = mask >> 8;
+    }
+#elif EVOMOE_LANES == 8
+    for (; j.t == 8 && k < j.K; k++) {
+        const fv v = load(z + k * 8);
+        code[k] = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GE_OQ));
+    }
+#endif
+    for (; k < j.K; k++) {
         int32_t c = 0;
         for (int64_t i = 0; i < j.t; i++) c |= (int32_t)(z[k * j.t + i] >= 0) << i;
         code[k] = c;
     }
 }
 
+#if EVOMOE_LANES >= 8
+// each lane and the one `by` places away in its eight, by a power of two
+static inline fv across(fv v, int by) {
+    iv at;
+    for (int i = 0; i < V; i++) at[i] = i ^ by;
+    return __builtin_shuffle(v, at);
+}
+#endif
+
 // score of each slice
 static void weigh(const Job& j, const float* z, float* scratch, float* p) {
     if (j.score != L1) confidence(z, scratch, j.K * j.t, 2 / j.temperature);
-    for (int64_t k = 0; k < j.K; k++) {
+    int64_t k = 0;
+#if EVOMOE_LANES >= 8
+    constexpr int EACH = V / 8;  // slices of 8 in a register
+    for (; j.t == 8 && j.score != L1 && k + EACH <= j.K; k += EACH) {
+        fv product = load(scratch + k * 8) + 1, score = fv{} + 1;
+        product *= across(product, 1);
+        product *= across(product, 2);
+        product *= across(product, 4);
+        if (j.score == ABS_PROB) {
+            score = (fv)((iv)load(z + k * 8) & 0x7fffffff);
+            score += across(score, 1);
+            score += across(score, 2);
+            score += across(score, 4);
+        }
+        score /= product;
+        for (int i = 0; i < EACH; i++) p[k + i] = score[i * 8];
+    }
+#endif
+    for (; k < j.K; k++) {
         float sum = 0, product = 1;
         if (j.score != PROB)
             for (int64_t i = 0; i < j.t; i++) sum += std::fabs(z[k * j.t + i]);

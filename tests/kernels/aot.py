@@ -25,6 +25,7 @@ from fairseq_evomoe.kernels import (
     fused_ffn_triton,
     gate_triton,
     lookup_triton,
+    routing_sums_triton,
     routing_triton,
 )
 
@@ -153,6 +154,11 @@ def routing_cases():
     pointers = ("before_ptr", "ends_ptr", "place_ptr", "token_ptr", "expert_ptr")
     place = {"active_ptr": "*i8", **dict.fromkeys(pointers, "*i32"), **sizes, "pairs": "i32"}
     yield "place pairs", routing_triton._place, place, shape, ()
+    values = {"z_ptr": "*fp32", "p_ptr": "*fp32", **sizes}
+    on = {"wanted_ptr": "*i8", "part_ptr": "*fp32", **values}
+    yield "sum of a gate", routing_sums_triton._forward, on, shape, ()
+    back = {**dict.fromkeys(("grad_ptr", "dz_ptr", "dp_ptr"), "*fp32"), **values}
+    yield "sum of a gate, backward", routing_sums_triton._backward, back, shape, ()
 
 
 def fused_cases():

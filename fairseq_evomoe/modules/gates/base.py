@@ -108,11 +108,11 @@ class Gate(nn.Module):
 
     def load(self, plan: RoutingPlan) -> Tensor:
         """Pairs of each expert that the balance loss counts, (E,) float32, capacity aside."""
-        return plan.wanted.sum(0).float()
+        return plan.sums.load.clone()
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         """The balance loss of a plan, scalar; `load` (E,), of one or of all workers."""
-        return losses.balance_loss(plan.probs, load)
+        return losses.balance_of_means(plan.sums.probs / max(1, len(plan.probs)), load)
 
     def idle(self, clock: Clock) -> Sequence[nn.Parameter]:
         """Parameters that play no part at this time; DDP wants a gradient for them all the same."""

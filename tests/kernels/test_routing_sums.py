@@ -1,0 +1,59 @@
+"""Sums of a gate for losses and metrics: on a GPU where there is one, else by the interpreter."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from fairseq_evomoe.kernels.routing_sums import routing_sums, why_not
+from fairseq_evomoe.kernels.routing_sums_triton import fused_sums
+
+SHAPES = [(0, 3), (1, 1), (7, 3), (300, 5), (33, 64), (5, 300)]
+
+
+def by_loops(logits, probs, wanted):
+    """Token after token, in float64."""
+    load, total = torch.zeros(probs.size(1)), torch.zeros_like(probs[:0].sum(0))
+    z = entropy = probs.sum() * 0
+    for t in range(len(probs)):
+        load += wanted[t]
+        total = total + probs[t]
+        z = z + torch.log(torch.exp(logits[t]).sum()) ** 2
+        entropy = entropy - (probs[t] * torch.log(probs[t])).sum()
+    return load, total, z, entropy
+
+
+@pytest.mark.parametrize("serving", [routing_sums, fused_sums], ids=["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_loops(shape, serving):
+    """Every sum, and every gradient through all of them at once."""
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    probs = torch.randn(shape, dtype=torch.float64).softmax(-1).requires_grad_()
+    wanted = torch.rand(shape) < 0.4
+    pull = torch.randn(shape[1], dtype=torch.float64)
+    load, total, z, entropy = by_loops(logits, probs, wanted)
+    ((pull * total).sum() + 0.3 * z - 0.7 * entropy).backward()
+    ours = [p.detach().float().to(DEVICE).requires_grad_() for p in (logits, probs)]
+    sums = serving(*ours, wanted.to(DEVICE))
+    assert not sums.load.requires_grad and sums.load.cpu().tolist() == load.tolist()
+    for have, want in zip(sums[1:], (total, z, entropy), strict=True):
+        assert have.dtype == torch.float32
+        assert torch.allclose(have.detach().cpu().double(), want.detach(), rtol=1e-4, atol=1e-5)
+    weighed = (pull.float().to(DEVICE) * sums.probs).sum() + 0.3 * sums.z - 0.7 * sums.entropy
+    weighed.backward()
+    for have, want in zip(ours, (logits, probs), strict=True):
+        grad = torch.zeros_like(want) if want.grad is None else want.grad
+        assert torch.allclose(have.grad.cpu().double(), grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_probability_of_zero():
+    """It adds nothing to the entropy and pulls at nothing, where the slope itself is infinite."""
+    probs = torch.tensor([[1.0, 0.0]], device=DEVICE, requires_grad=True)
+    logits = torch.zeros(1, 2, device=DEVICE, requires_grad=True)
+    sums = fused_sums(logits, probs, probs > 0)
+    assert sums.entropy.item() == 0 and sums.probs.tolist() == [1, 0]
+    sums.entropy.backward()
+    assert probs.grad.tolist() == [[-1, 0]] and logits.grad.tolist() == [[0, 0]]
+
+
+def test_what_it_cannot_serve_is_said():
+    assert "not on cpu" in why_not(torch.zeros(2, 3), torch.zeros(2, 3))

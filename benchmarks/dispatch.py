@@ -212,8 +212,8 @@ def peak(case: str, layer: Layer, arguments: list[str]) -> float:
 
 
 def report_peak() -> None:
-    case, kind, *sizes = sys.argv[2:]
-    layer = Layer([int(s) for s in sizes], kind, "cpu", torch.float32)
+    case, dtype, kind, *sizes = sys.argv[2:]
+    layer = Layer([int(s) for s in sizes], kind, "cpu", getattr(torch, dtype))
     layer.step(case, False)()
     status = Path("/proc/self/status").read_text().splitlines()
     print(next(int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM")))
@@ -221,7 +221,7 @@ def report_peak() -> None:
 
 def measure(layer: Layer, sizes: list[int], cases: list[str], args: Any, rate: float) -> None:
     layer.check([c for c in cases if c != "ours"])
-    told = [layer.kind, *(str(s) for s in sizes)]
+    told = [args.dtype, layer.kind, *(str(s) for s in sizes)]
     peaks = {case: round(peak(case, layer, told)) for case in cases}
     for mode in args.modes:
         backward = "backward" in mode

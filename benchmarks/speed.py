@@ -5,7 +5,7 @@ python benchmarks/speed.py --write    brings the pages up to date, plots too
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -53,17 +53,21 @@ def where(row: Row) -> str:
     return f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}"
 
 
-def by_machine(rows: list[Row]) -> dict[str, list[Row]]:
+def on_cpu(row: Row) -> bool:
+    return "NVIDIA" not in row["device"]
+
+
+def grouped(rows: list[Row], by: Callable[[Row], str]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(where(row), []).append(row)
+        found.setdefault(by(row), []).append(row)
     return found
 
 
 def layer(rows: list[Row]) -> str:
     """The whole layer over its floor; the last row of a case counts."""
     out = []
-    for machine, mine in by_machine(rows).items():
+    for machine, mine in grouped(rows, where).items():
         at: dict[tuple[str, ...], dict[str, Row]] = {}
         for row in mine:
             key = (row["case"], row["experts"], row["tokens"])
@@ -86,10 +90,10 @@ def layer(rows: list[Row]) -> str:
 def dispatch(rows: list[Row]) -> str:
     """Every way over the dense FFN of the same active FLOPs, forward / forward + backward."""
     out = []
-    for machine, mine in by_machine(rows).items():
+    by_experts = lambda r: f"{r['experts']} experts, {where(r)}"
+    for machine, mine in grouped(rows, by_experts).items():
         at = {(r["routing"], r["case"], r["tokens"], r["mode"]): r for r in mine}
         sizes = sorted({r["tokens"] for r in mine}, key=int)
-        experts = mine[0]["experts"]
         for kind, title in ROUTINGS.items():
             lines = []
             for case, name in WAYS.items():
@@ -102,7 +106,7 @@ def dispatch(rows: list[Row]) -> str:
                     lines.append([name, *cells, peak])
             if lines:
                 head = ["way", *(f"{n} tokens" for n in sizes), "MB at 2048"]
-                out.append(f"**{title}** ({machine}, {experts} experts)\n\n" + table(head, lines))
+                out.append(f"**{title}** ({machine})\n\n" + table(head, lines))
     return "\n".join(out)
 
 
@@ -146,7 +150,7 @@ def decode(rows: list[Row]) -> str:
 
 def cost(rows: list[Row]) -> str:
     """README's table: 4096 tokens, 8 experts, on a CPU."""
-    on = [r for r in rows if (r["tokens"], r["experts"], r["dtype"]) == ("4096", "8", "float32")]
+    on = [r for r in rows if (r["tokens"], r["experts"]) == ("4096", "8") and on_cpu(r)]
     at = {(r["case"], r["mode"]): f"{float(r['ratio_p50']):.2f}" for r in on}
     densities = [f"density {d}" for d in ("0.25", "0.5", "0.75")]
     names = {
@@ -170,7 +174,7 @@ def below(figure: plt.Figure, axis: Axes) -> None:
 
 def dispatch_plot(rows: list[Row]) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.9), sharey=True, layout="constrained")
-    cpu = [r for r in rows if r["dtype"] == "float32" and r["mode"] == MODES[1]]
+    cpu = [r for r in rows if on_cpu(r) and r["mode"] == MODES[1]]
     for axis, (kind, title) in zip(axes, ROUTINGS.items(), strict=True):
         series = {}
         for case, name in WAYS.items():

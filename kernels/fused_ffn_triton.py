@@ -101,7 +101,8 @@ def _rows(
                 tl.store(pre_ptr + at, total.to(pre_ptr.dtype.element_ty), mask=mask)
                 total = total * 0.5 * (1.0 + tl.erf(total * 0.7071067811865476))
             else:
-                total = tl.maximum(total, 0.0)
+                # unlike a maximum it lets NaN through
+                total = tl.where(total < 0, 0.0, total)
         if MODE == BACK:
             h = tl.load(h_ptr + at, mask=mask, other=0).to(tl.float32)
             # <output, gradient> without the second bias, one part a column of tiles
@@ -114,7 +115,7 @@ def _rows(
                 slope += z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
                 total = total * slope
             else:
-                total = tl.where(h > 0, total, 0.0)
+                total = tl.where(h <= 0, 0.0, total)
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -195,6 +196,14 @@ def weight_tiles(sizes: dict[str, int]) -> dict[str, int]:
     return {"M": min(sizes["N"], 16 * sizes["num_warps"]), "K": min(sizes["M"], sizes["K"])}
 
 
+def _tf32() -> bool:
+    """Whether the user lets float32 products round their inputs."""
+    rules = torch.backends.cuda.matmul
+    if hasattr(rules, "fp32_precision"):
+        return rules.fp32_precision == "tf32"
+    return rules.allow_tf32
+
+
 class _Products:
     """The products of one layer: what their launches have in common."""
 
@@ -202,9 +211,8 @@ class _Products:
         self.pairs, self.activation = pairs, activation
         self.experts = len(pairs.ends)
         self.sizes = tiles(len(pairs.token), self.experts, like.dtype)
-        allowed = torch.backends.cuda.matmul.allow_tf32
         self.exactness = {
-            "PRECISION": "tf32" if allowed and like.dtype == torch.float32 else "ieee",
+            "PRECISION": "tf32" if like.dtype == torch.float32 and _tf32() else "ieee",
             # the interpreter has no arithmetic for bfloat16
             "WIDEN": not isinstance(_rows, triton.JITFunction),
         }

@@ -37,7 +37,7 @@ def _gumbel(seed, at):
 def _forward(
     z_ptr, bias_ptr, weight_ptr, active_ptr, probs_ptr,
     tokens, experts, tau, noise, threshold, seed,
-    MOST: tl.constexpr, BY_THRESHOLD: tl.constexpr, COMBINE: tl.constexpr,
+    MOST: tl.constexpr, BY_THRESHOLD: tl.constexpr, CAPPED: tl.constexpr, COMBINE: tl.constexpr,
     BIASED: tl.constexpr, NOISY: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * B + tl.arange(0, B)
@@ -69,7 +69,7 @@ def _forward(
             wanted = pick & ((by >= threshold) | (i == 0))
         taken = tl.where(wanted, 1, taken)
         rest = tl.where(pick, -1.0, rest)
-    if BY_THRESHOLD and MOST == 1:
+    if BY_THRESHOLD and not CAPPED:
         # no cap: one round has found the argmax, the threshold finds the others
         taken = tl.where(real & (by >= threshold), 1, taken)
 
@@ -139,7 +139,7 @@ class _Gate(torch.autograd.Function):
                 z, z if bias is None else bias.contiguous(), weight, active.view(torch.int8), probs,
                 tokens, experts, rule.temperature, rule.noise or 0.0, rule.threshold, seed,
                 MOST=rule.exactly or rule.cap or 1, BY_THRESHOLD=not rule.exactly,
-                COMBINE=COMBINE.index(rule.combine), BIASED=bias is not None,
+                CAPPED=rule.cap > 0, COMBINE=COMBINE.index(rule.combine), BIASED=bias is not None,
                 NOISY=bool(rule.noise), **shape,
             )  # fmt: skip
         ctx.save_for_backward(z, active)

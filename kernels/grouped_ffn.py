@@ -47,7 +47,8 @@ def moe_ffn(
 
     Nearly dense plans run in place over all pairs (inactive ones weigh 0), and sparse ones gather
     rows by expert, at a cost that follows the number of active pairs: on GPUs by Triton kernels,
-    with the matrix products that suit the device (`grouped_ffn_gpu`).
+    with the matrix products that suit the device (`grouped_ffn_gpu`). There memory and elementwise
+    work follow `at_most`.
 
     Args:
         x, w1, b1, w2, b2, activation, dropout: as for `grouped_ffn`.
@@ -59,6 +60,12 @@ def moe_ffn(
         (T, D), dtype of `x`, or of autocast.
     """
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
+    if torch.compiler.is_compiling():
+        seed = torch.zeros((), dtype=torch.int64)
+        if dropout > 0:
+            seed = torch.randint(2**62, (), dtype=torch.int64)
+        told = name_of(activation), dropout
+        return compiled_moe_ffn(x, w1, b1, w2, b2, weights, active, seed, *told)
     name = backend.choose(
         triton=lambda: grouped_ffn_gpu.why_not(x, w1, activation, dropout),
         torch=backend.always,
@@ -78,12 +85,6 @@ def moe_ffn(
             return _torch_grouped_ffn(
                 x, w1, b1, w2, b2, weight=weights.t().reshape(-1), **every, **rest
             )
-    if torch.compiler.is_compiling():
-        seed = torch.zeros((), dtype=torch.int64)
-        if dropout > 0:
-            seed = torch.randint(2**62, (), dtype=torch.int64)
-        told = name_of(activation), dropout
-        return compiled_moe_ffn(x, w1, b1, w2, b2, weights, active, seed, *told)
     token: Tensor | None
     token, counts = routing.sort_pairs(active)
     if sum(counts) >= nearly_all:

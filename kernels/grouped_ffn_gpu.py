@@ -2,9 +2,9 @@
 
 Letters: T tokens, D model width, F expert hidden width, E experts, A active (token, expert) pairs.
 
-torch's grouped product has a kernel for bfloat16 from compute capability 9.0 on; for anything else
-it copies the experts' loads to the host and multiplies one after another. There our own products
-serve, which gather tokens and work out activations themselves (`fused_ffn_triton`).
+torch's grouped product has a kernel for bfloat16 on compute capabilities 9 and 10; for anything
+else it copies the experts' loads to the host and multiplies one after another. There our own
+products serve, which gather tokens and work out activations themselves (`fused_ffn_triton`).
 """
 
 from collections.abc import Callable
@@ -65,7 +65,8 @@ def choose_product(
         return product
     if why["fused"] or why["grouped_mm"]:
         return "grouped_mm" if why["fused"] else "fused"
-    quick = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    quick = major in (9, 10) and len(w1) < 1024
     # in float32 there are no tensor cores to win: a wait for the host costs less
     suits = x.dtype == torch.float32 or (quick and x.dtype == torch.bfloat16)
     return "grouped_mm" if suits else "fused"
@@ -90,7 +91,7 @@ def sparse_ffn(
         x: (T, D). w1: (E, F, D). b1: (E, F). w2: (E, D, F). b2: (E, D), of one dtype.
         weight: (T, E), 0 where inactive. active: (T, E) bool.
         pairs: A or more: rows to make room for. A limit that is known beforehand spares the device
-            a wait for the host; what lies beyond the last expert's rows is never read.
+            a wait for the host; what lies beyond the last expert's rows reaches no result.
         activation, dropout: as there.
     """
     from fairseq_evomoe.kernels.dispatch_triton import add_bias, combine, dispatch

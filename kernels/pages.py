@@ -49,7 +49,8 @@ def keep_freed_memory() -> bool:
     call = _libc("mallopt", ctypes.c_int, ctypes.c_int)
     if call is None or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    return all([call(_MMAP_THRESHOLD, _MOST) == 1, call(_TRIM_THRESHOLD, _MOST) == 1])
+    # older versions refuse the first; the second alone would only turn off their own adaptation
+    return call(_MMAP_THRESHOLD, _MOST) == 1 and call(_TRIM_THRESHOLD, _MOST) == 1
 
 
 def large_pages(tensor: Tensor, *, now: bool = False) -> Tensor:

@@ -27,6 +27,15 @@ class RoutingSums(NamedTuple):
     entropy: Tensor
 
 
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of (T, E) probabilities; (T,).
+
+    A probability of 0 adds nothing and has a finite slope: `torch.special.entr` has an infinite
+    one, which turns a gradient of 0 into NaN.
+    """
+    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
+
+
 def why_not(logits: Tensor, probs: Tensor) -> str:
     """What keeps the Triton kernel from serving a call; "" where nothing does."""
     why = backend.without_triton(logits.device.type)
@@ -39,10 +48,8 @@ def why_not(logits: Tensor, probs: Tensor) -> str:
 
 def routing_sums(logits: Tensor, probs: Tensor, wanted: Tensor) -> RoutingSums:
     """One pass over logits and probs (T, E) float and wanted (T, E) bool; differentiable."""
-    name = backend.choose(
-        triton=lambda: why_not(logits, probs), torch=backend.always, reference=backend.always
-    )
-    if name == "triton":
+    # a backend that is forced upon other ops, and that this one lacks, is torch here
+    if backend.forced in ("", "triton") and not why_not(logits, probs):
         from fairseq_evomoe.kernels.routing_sums_triton import fused_sums
 
         return fused_sums(logits, probs, wanted)
@@ -50,5 +57,5 @@ def routing_sums(logits: Tensor, probs: Tensor, wanted: Tensor) -> RoutingSums:
         wanted.sum(0).float(),
         probs.sum(0),
         logits.logsumexp(-1).square().sum(),
-        torch.special.entr(probs).sum(),
+        entropy(probs).sum(),
     )

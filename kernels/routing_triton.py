@@ -49,7 +49,9 @@ def _count(
 
 
 @triton.jit
-def _accumulate(count_ptr, ends_ptr, blocks, experts, R: tl.constexpr, W: tl.constexpr):
+def _accumulate(
+    count_ptr, ends_ptr, blocks, experts, pairs, R: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
     """Counts become the numbers of pairs of the same expert before each block."""
     e = tl.arange(0, W)
     total = tl.zeros([W], tl.int32)
@@ -61,7 +63,8 @@ def _accumulate(count_ptr, ends_ptr, blocks, experts, R: tl.constexpr, W: tl.con
         before = tl.cumsum(count, 0) - count + total[None, :]
         tl.store(count_ptr + at, before, mask=inside)
         total += tl.sum(count, 0)
-    tl.store(ends_ptr + e, tl.cumsum(total, 0), mask=e < experts)
+    # rows that there is no room for are the caller's mistake; nobody shall write there
+    tl.store(ends_ptr + e, tl.minimum(tl.cumsum(total, 0), pairs), mask=e < experts)
 
 
 @triton.jit
@@ -78,9 +81,8 @@ def _place(
     first = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < experts), other=0)
     first += tl.load(before_ptr + block * experts + e, mask=e < experts, other=0)
     place = first[None, :] + tl.cumsum(on, 0) - on
-    tl.store(place_ptr + at, tl.where(on != 0, place, -1), mask=inside)
-    # fewer rows than pairs is the caller's mistake; no reason to write elsewhere
     real = (on != 0) & (place < pairs)
+    tl.store(place_ptr + at, tl.where(real, place, -1), mask=inside)
     tl.store(token_ptr + place, t[:, None] + tl.zeros([B, W], tl.int32), mask=real)
     tl.store(expert_ptr + place, e[None, :] + tl.zeros([B, W], tl.int32), mask=real)
 
@@ -97,6 +99,7 @@ def sort_pairs(active: Tensor, pairs: int, *, block: int | None = None) -> Sorte
     Args:
         active: (T, E) bool.
         pairs: A or more: rows to make room for; those beyond A belong to token and expert 0.
+            Pairs beyond it are left out, as if inactive.
         block: tokens of a block, a power of two; None: by the number of experts. The result does
             not depend on it.
     """
@@ -114,7 +117,7 @@ def sort_pairs(active: Tensor, pairs: int, *, block: int | None = None) -> Sorte
     on = active.contiguous().view(torch.int8)
     counts = new(blocks, experts)
     _count[(blocks,)](on, counts, tokens, experts, B=size, W=width)
-    _accumulate[(1,)](counts, found.ends, blocks, experts, R=at_once, W=width)
+    _accumulate[(1,)](counts, found.ends, blocks, experts, pairs, R=at_once, W=width)
     _place[(blocks,)](
         on, counts, found.ends, found.place, found.token, found.expert, tokens, experts, pairs,
         B=size, W=width,

@@ -1,7 +1,8 @@
 """Routing losses: pure functions of a gate's probabilities. Letters: T tokens, E experts."""
 
-import torch
 from torch import Tensor
+
+from fairseq_evomoe.kernels.routing_sums import entropy
 
 
 def balance_loss(probs: Tensor, load: Tensor) -> Tensor:
@@ -48,11 +49,6 @@ def z_loss(logits: Tensor) -> Tensor:
     if logits.size(0) == 0:
         return logits.sum()
     return logits.logsumexp(-1).square().mean()
-
-
-def entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of each row of (T, E) probabilities; (T,)."""
-    return torch.special.entr(probs).sum(-1)
 
 
 def entropy_loss(probs: Tensor) -> Tensor:

@@ -83,7 +83,13 @@ def cases():
                 "threshold": "fp32",
             },
             {
-                **{"MOST": 2, "BY_THRESHOLD": True, "COMBINE": combine, "BIASED": True},
+                **{
+                    "MOST": 2,
+                    "BY_THRESHOLD": True,
+                    "CAPPED": True,
+                    "COMBINE": combine,
+                    "BIASED": True,
+                },
                 **{"NOISY": True, "B": 8, "W": 64},
             },
             (),
@@ -147,7 +153,12 @@ def routing_cases():
     yield (
         "accumulate counts",
         routing_triton._accumulate,
-        {"count_ptr": "*i32", "ends_ptr": "*i32", "blocks": "i32", "experts": "i32"},
+        {
+            **dict.fromkeys(("count_ptr", "ends_ptr"), "*i32"),
+            **sizes,
+            "blocks": "i32",
+            "pairs": "i32",
+        },
         {"R": shape["B"], "W": shape["W"]},
         (),
     )

@@ -118,6 +118,29 @@ def test_places_are_the_sorted_order(shape, block):
     assert torch.equal(more.place, found.place) and more.expert[len(token) :].tolist() == [0] * 3
 
 
+def test_more_pairs_than_there_is_room_for():
+    """Those beyond are as good as inactive: no place, and no rows that a product would write."""
+    active = torch.ones(5, 3, dtype=torch.bool, device=DEVICE)
+    found = sort_pairs(active, 7)
+    assert found.ends.tolist() == [5, 7, 7] and found.token.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert found.place[:, 1].tolist() == [5, 6, -1, -1, -1] and (found.place[:, 2] == -1).all()
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_nan_comes_through(product, monkeypatch):
+    """As through torch's ReLU: a loss scaler must see it."""
+    monkeypatch.setattr(grouped_ffn_gpu, "product", product)
+    x, w, active, gate = problem(6, 2, 4, 8, 1.0, empty=())
+    x = x.detach().float().to(DEVICE)
+    x[2] = float("nan")
+    w = [p.detach().float().to(DEVICE) for p in w]
+    y = sparse_ffn(
+        x, *w, weight=gate.detach().float().to(DEVICE), active=active.to(DEVICE), pairs=12,
+        activation=F.relu,
+    )  # fmt: skip
+    assert y[2].isnan().all() and not y[[0, 1, 3, 4, 5]].isnan().any()
+
+
 def test_bfloat16_sums_in_float32():
     """300 experts of weight and output 1: the sum counts them all, where bfloat16 would not."""
     experts = 300

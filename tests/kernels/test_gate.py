@@ -13,6 +13,7 @@ from fairseq_evomoe.kernels.gate_triton import fused_gate
 RULES = {
     "threshold": {"threshold": 0.1},
     "cap": {"threshold": 0.02, "cap": 2},
+    "cap of 1": {"threshold": 0.02, "cap": 1},
     "hard": {"exactly": 1},
     "two": {"exactly": 2},
     "all": {"threshold": 0.0},

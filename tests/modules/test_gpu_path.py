@@ -13,6 +13,9 @@ GATES = {
     "dts capped": dict(
         moe_gate="dts", n=8, spawned=True, dts_noise="none", dts_max_experts=2, dts_threshold=0.3
     ),
+    "dts capped at 1": dict(
+        moe_gate="dts", n=8, spawned=True, dts_noise="none", dts_max_experts=1, dts_threshold=0.1
+    ),
     "dts hard": dict(moe_gate="dts", n=20, spawned=True, dts_noise="none"),
     "dense": dict(moe_gate="dense", schedule=None),
     "switch": dict(moe_gate="switch", schedule=None),

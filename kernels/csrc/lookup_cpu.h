@@ -244,6 +244,8 @@ static void pack(const Job& j, const T* tables, int64_t k, int64_t h, float* til
         const T* from = tables + (k * j.N + n) * j.H + h;
         const float scale = j.row_scale ? j.row_scale[k * j.N + n] : 1;
         float* to = tile + n * W;
+        // rows lie too far apart for the processor to guess them
+        for (int64_t i = 0; i < W; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + 64 * j.H + i);
         if (width == W) {
             for (int64_t i = 0; i < W; i += V) store(to + i, load(from + i) * scale);
         } else {
@@ -319,7 +321,7 @@ static void forward(const Job& j, const T* tables, int32_t* code, float* p, floa
             });
         return;
     }
-    constexpr int W = 32, G = 8;
+    constexpr int W = 32, G = 12;
     // as many tables at once as half a MiB of cache holds
     const bool many = j.N * W * G * 4 <= 1 << 19;
     parallel((j.H + W - 1) / W, 1, [&](int64_t a, int64_t b) {

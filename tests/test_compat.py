@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -92,3 +94,11 @@ def test_threads_that_load_batches_end_before_the_interpreter():
     compat.batches.stop_loading_batches()
     assert not any(isinstance(t, iterators.BackgroundConsumer) for t in threading.enumerate())
     assert len(taken) < 20
+
+
+@pytest.mark.parametrize(("before", "level"), [("", "20"), ("logging.basicConfig(level=30)", "30")])
+def test_importing_leaves_no_debugging_output_on(before, level):
+    """fairseq alone sets every library's logger to debugging; a level of the user's stays."""
+    program = f"import logging\n{before}\nimport fairseq_evomoe\nprint(logging.getLogger().level)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == level, done.stderr

@@ -4,16 +4,24 @@ python benchmarks/evidence.py             all of them
 python benchmarks/evidence.py --write     into the page, and the plots beside it
 """
 
-import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import plots
 from gate_tasks import TASKS
-from tables import NAMES, RESULTS, SPEED_OF, by_gate, fill, line, numbers, read, spread
+from tables import (
+    NAMES,
+    RESULTS,
+    SPEED_OF,
+    by_gate,
+    numbers,
+    read,
+    spread,
+    table,
+    write_or_print,
+)
 
 Row = dict[str, str]
 PAGE = RESULTS.parent.parent / "docs/evidence.md"
@@ -45,10 +53,6 @@ ABLATIONS = {
     "number at the end": ("adaptive",),
 }
 """Labels of rows of the gate evomoe_words; `dts_words`, that gate, is the split at update 0."""
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join([line(list(head)), line(["---"] * len(head)), *(line(list(r)) for r in rows)])
 
 
 def difference(mine: list[Row], other: list[Row], key: str, digits: int) -> str:
@@ -317,20 +321,5 @@ def places() -> list[tuple[Path, str, str]]:
     return [(PAGE, name, text.rstrip() + "\n") for name, text in made().items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="bring the page up to date")
-    args = parser.parse_args()
-    for path, name, text in places():
-        if args.write:
-            fill(path, name, text)
-        else:
-            print(f"## {name}\n\n{text}")
-    if args.write:
-        plots.draw(PAGE.parent / "evidence", TITLES)
-
-
 if __name__ == "__main__":
-    main()
+    write_or_print(__doc__, places, lambda: plots.draw(PAGE.parent / "evidence", TITLES))

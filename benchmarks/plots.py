@@ -5,7 +5,7 @@ They read without colour: series differ by dash and mark.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -156,17 +156,25 @@ def memory(rows: list[Row]) -> plt.Figure:
     return figure
 
 
-def draw(folder: Path, titles: dict[str, str]) -> None:
-    """All of them, as SVG files in `folder`; the same rows give the same bytes."""
+def save(folder: Path, figures: Callable[[], dict[str, plt.Figure]]) -> None:
+    """Draw and keep figures as SVG files in `folder`; the same rows give the same bytes."""
     folder.mkdir(exist_ok=True)
-    rows, points = read(RESULTS / "gates.csv"), read(RESULTS / "curves.csv")
-    long = [("lm", "800", "Causal LM"), ("mlm", str(TASKS["mlm"]["updates"]), "Masked LM")]
-    with plt.rc_context({"svg.hashsalt": "evidence", "font.size": 9}):
-        for name, figure in (
-            ("quality", quality(rows, titles)),
-            ("curves", curves(points, long)),
-            ("experts", number_of_experts(rows)),
-            ("memory", memory(rows)),
-        ):
+    with plt.rc_context({"svg.hashsalt": folder.name, "font.size": 9}):
+        for name, figure in figures().items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
+
+
+def draw(folder: Path, titles: dict[str, str]) -> None:
+    """All of them."""
+    rows, points = read(RESULTS / "gates.csv"), read(RESULTS / "curves.csv")
+    long = [("lm", "800", "Causal LM"), ("mlm", str(TASKS["mlm"]["updates"]), "Masked LM")]
+    save(
+        folder,
+        lambda: {
+            "quality": quality(rows, titles),
+            "curves": curves(points, long),
+            "experts": number_of_experts(rows),
+            "memory": memory(rows),
+        },
+    )

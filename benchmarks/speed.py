@@ -4,13 +4,12 @@ python benchmarks/speed.py            prints the tables
 python benchmarks/speed.py --write    brings the pages up to date, plots too
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from plots import Row, draw_series
-from tables import RESULTS, fill, line, read
+from plots import Row, draw_series, save
+from tables import RESULTS, read, table, write_or_print
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,10 +36,6 @@ STORES = {
 }
 ROWS = ("1", "16", "256", "1024", "4096")
 MODES = ("forward", "forward+backward")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(map(line, [head, ["---"] * len(head), *rows])) + "\n"  # type: ignore[arg-type]
 
 
 def short(ratio: str) -> str:
@@ -83,7 +78,7 @@ def layer(rows: list[Row]) -> str:
                 ]
             lines.append(cells)
         head = ["case", "experts", "tokens", "forward", "ms, of floor", "forward + backward"]
-        out.append(f"**{machine}**\n\n" + table([*head, "ms, of floor"], lines))
+        out.append(f"**{machine}**\n\n" + table([*head, "ms, of floor"], lines) + "\n")
     return "\n".join(out)
 
 
@@ -106,7 +101,7 @@ def dispatch(rows: list[Row]) -> str:
                     lines.append([name, *cells, peak])
             if lines:
                 head = ["way", *(f"{n} tokens" for n in sizes), "MB at 2048"]
-                out.append(f"**{title}** ({machine})\n\n" + table(head, lines))
+                out.append(f"**{title}** ({machine})\n\n" + table(head, lines) + "\n")
     return "\n".join(out)
 
 
@@ -121,7 +116,7 @@ def lookup(rows: list[Row]) -> str:
             if any(cells):
                 lines.append([width, name, *(short(c) if c else "" for c in cells)])
     head = ["width", "tables", "batch 1", *ROWS[1:], f"forward + backward, {ROWS[-1]}"]
-    return table(head, lines)
+    return table(head, lines) + "\n"
 
 
 def decode(rows: list[Row]) -> str:
@@ -145,7 +140,7 @@ def decode(rows: list[Row]) -> str:
             cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
         lines.append(cells)
     head = ["model", "dense", "MemoryFormer", "with bf16 tables", "with int8 tables"]
-    return table([*head, "look-ups for the FFNs only"], lines)
+    return table([*head, "look-ups for the FFNs only"], lines) + "\n"
 
 
 def cost(rows: list[Row]) -> str:
@@ -163,7 +158,7 @@ def cost(rows: list[Row]) -> str:
         [name, *(", ".join(at[case, mode] for case in cases) for mode in MODES)]
         for name, cases in names.items()
     ]
-    return table(["case", "forward", "forward + backward"], lines)
+    return table(["case", "forward", "forward + backward"], lines) + "\n"
 
 
 def below(figure: plt.Figure, axis: Axes) -> None:
@@ -226,32 +221,12 @@ def places() -> list[tuple[Path, str, str]]:
     ]
 
 
-def draw() -> None:
-    folder = PAGE.parent / "speed"
-    folder.mkdir(exist_ok=True)
-    with plt.rc_context({"svg.hashsalt": "speed", "font.size": 9}):
-        for name, figure in (
-            ("dispatch", dispatch_plot(read(RESULTS / "dispatch.csv"))),
-            ("lookup", lookup_plot(read(RESULTS / "lookup.csv"))),
-        ):
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="bring all pages up to date")
-    args = parser.parse_args()
-    for path, marker, text in places():
-        if args.write:
-            fill(path, marker, text)
-        else:
-            print(f"## {marker}\n\n{text}")
-    if args.write:
-        draw()
+def figures() -> dict[str, plt.Figure]:
+    return {
+        "dispatch": dispatch_plot(read(RESULTS / "dispatch.csv")),
+        "lookup": lookup_plot(read(RESULTS / "lookup.csv")),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    write_or_print(__doc__, places, lambda: save(PAGE.parent / "speed", figures))

@@ -12,6 +12,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gate_tasks import TASKS
@@ -79,6 +80,10 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(line(list(cells)) for cells in (head, ["---"] * len(head), *rows))
+
+
 def by_gate(rows: list[dict[str, str]], task: str) -> dict[str, list[dict[str, str]]]:
     """Rows of a task's own length and number of experts with no flags of their own, by gate."""
     usual = {k: str(TASKS[task][k]) for k in ("updates", "experts")}
@@ -104,7 +109,7 @@ def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) ->
     per_second = {(r["task"], r["gate"]): r for r in speed}
     head = ["gate", *RESULT[task][0]]
     head += ["active experts", "load max/mean", "dead experts", "training, tokens/s (of dense)"]
-    print(line(head) + "\n" + line(["---"] * len(head)))
+    lines = []
     found = by_gate(rows, task)
     for gate, name in NAMES.items():
         mine = found.get(gate)
@@ -116,14 +121,15 @@ def gates(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) ->
         cells += [spread(numbers(mine, "active_experts")[:1], 0)]
         cells += [spread(numbers(mine, "load_max_mean"), 2)]
         cells += [f"{statistics.mean(numbers(mine, 'dead_experts') or [0]):.1%}", rate]
-        print(line(cells))
+        lines.append(cells)
+    print(table(head, lines))
 
 
 def look_ups(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str) -> None:
     timed = {(r["task"], r["gate"]): r for r in speed}
     head = ["model", *RESULT[task][0]]
     head += ["parameters, M", "MMAC/token", "training, tokens/s (of dense)"]
-    print(line(head) + "\n" + line(["---"] * len(head)))
+    lines = []
     found = by_gate(rows, task)
     for gate, name in LOOK_UPS.items():
         mine = found.get(gate)
@@ -134,7 +140,8 @@ def look_ups(rows: list[dict[str, str]], speed: list[dict[str, str]], task: str)
         if cost:
             cells += [f"{int(cost['parameters']) / 1e6:.1f}", cost["mmacs_per_token"]]
             cells += [pace(cost)]
-        print(line(cells))
+        lines.append(cells)
+    print(table(head, lines))
 
 
 def sweep(rows: list[dict[str, str]], task: str) -> None:
@@ -144,13 +151,14 @@ def sweep(rows: list[dict[str, str]], task: str) -> None:
         if row["task"] == task and usual and row["gate"] in ("evomoe", "dts"):
             by_label[row["gate"], row["label"], row["flags"], row["updates"]].append(row)
     head = ["gate", "flags", "updates", "seeds", "valid NLL, bits", "BLEU", "load max/mean", "dead"]
-    print(line(head) + "\n" + line(["---"] * len(head)))
+    lines = []
     for (gate, _, flags, updates), mine in by_label.items():
         cells = [gate, f"`{flags}`" if flags else "defaults", updates, str(len(mine))]
         cells += [spread(numbers(mine, "valid_nll_bits"), 3), spread(numbers(mine, "bleu"), 2)]
         cells += [spread(numbers(mine, "load_max_mean"), 2)]
         cells += [f"{statistics.mean(numbers(mine, 'dead_experts') or [0]):.1%}"]
-        print(line(cells))
+        lines.append(cells)
+    print(table(head, lines))
 
 
 def tables(kind: str) -> str:
@@ -191,6 +199,24 @@ def places() -> list[tuple[Path, str, str]]:
             ("look_up_layers", "look-ups"),
         )
     ]
+
+
+def write_or_print(
+    about: str, places: Callable[[], list[tuple[Path, str, str]]], draw: Callable[[], None]
+) -> None:
+    """The command of a script that makes texts for pages: print them, or put them there."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="bring the pages up to date")
+    args = parser.parse_args()
+    for path, marker, text in places():
+        if args.write:
+            fill(path, marker, text)
+        else:
+            print(f"## {marker}\n\n{text}")
+    if args.write:
+        draw()
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq_evomoe.kernels.gate import COMBINE, Rule
+from fairseq_evomoe.kernels.routing_triton import token_tile
 
 RENORM, STRAIGHT, RAW, SOFTMAX = (tl.constexpr(COMBINE.index(n)) for n in COMBINE)
 
@@ -40,10 +41,7 @@ def _forward(
     MOST: tl.constexpr, BY_THRESHOLD: tl.constexpr, CAPPED: tl.constexpr, COMBINE: tl.constexpr,
     BIASED: tl.constexpr, NOISY: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     # rows beyond the last token stay finite
     real = (e < experts)[None, :] & (t >= 0)[:, None]
@@ -90,10 +88,7 @@ def _backward(
     tokens, experts, tau, noise, seed,
     COMBINE: tl.constexpr, NOISY: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     real = (e < experts)[None, :] & (t >= 0)[:, None]
     probs = _softmax(z, real)

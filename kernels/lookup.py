@@ -8,6 +8,7 @@ dtype, where bfloat16 gets every second code wrong from 10 bits on: here they ar
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def lookup(
     native = lookup_cuda if z.is_cuda else lookup_cpu
     # one row takes no longer than asking every backend in turn
     at_once = not backend.forced and not native.why_not(z, tables)
-    name = "native" if at_once else _choose(z, tables)
+    name = "native" if at_once else _choose(native, z, tables)
     if name == "native":
         return native.lookup(z, tables, score=score, temperature=temperature, row_scale=row_scale)
     if name == "triton":
@@ -74,8 +75,7 @@ def lookup(
         return reference.lookup(z, whole, score=score, temperature=temperature)
 
 
-def _choose(z: Tensor, tables: Tensor) -> str:
-    native = lookup_cuda if z.is_cuda else lookup_cpu
+def _choose(native: ModuleType, z: Tensor, tables: Tensor) -> str:
     return backend.choose(
         native=lambda: native.why_not(z, tables),
         triton=lambda: _without_triton(z, tables),

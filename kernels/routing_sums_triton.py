@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq_evomoe.kernels.routing_sums import RoutingSums
-from fairseq_evomoe.kernels.routing_triton import shape
+from fairseq_evomoe.kernels.routing_triton import shape, token_tile
 
 
 @triton.jit
@@ -27,10 +27,7 @@ def _forward(
 ):  # fmt: skip
     """A row of 2 E + 2 numbers a block: load, probabilities, squares of logsumexp, entropy."""
     block = tl.program_id(0)
-    t = block * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     # rows beyond the last token stay finite, and count for nothing
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     level = _log_sum_exp(z, (e < experts)[None, :] & (t >= 0)[:, None])
@@ -49,10 +46,7 @@ def _forward(
 def _backward(
     z_ptr, p_ptr, grad_ptr, dz_ptr, dp_ptr, tokens, experts, B: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    t = tl.program_id(0) * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     level = _log_sum_exp(z, (e < experts)[None, :] & (t >= 0)[:, None])
     slope = 2.0 * tl.load(grad_ptr + 2 * experts) * level

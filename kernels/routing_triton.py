@@ -35,14 +35,20 @@ class Sorted(NamedTuple):
 
 
 @triton.jit
+def token_tile(tokens, experts, B: tl.constexpr, W: tl.constexpr):
+    """This program's tokens (B,), all experts (W,), which pairs there are (B, W), their places."""
+    t = tl.program_id(0) * B + tl.arange(0, B)
+    e = tl.arange(0, W)
+    inside = (t < tokens)[:, None] & (e < experts)[None, :]
+    return t, e, inside, t.to(tl.int64)[:, None] * experts + e[None, :]
+
+
+@triton.jit
 def _count(
     active_ptr, count_ptr, tokens, experts, B: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
     block = tl.program_id(0)
-    t = block * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     on = tl.load(active_ptr + at, mask=inside, other=0)
     count = tl.sum((on != 0).to(tl.int32), 0)
     tl.store(count_ptr + block * experts + e, count, mask=e < experts)
@@ -73,10 +79,7 @@ def _place(
     tokens, experts, pairs, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    t = block * B + tl.arange(0, B)
-    e = tl.arange(0, W)
-    inside = (t < tokens)[:, None] & (e < experts)[None, :]
-    at = t.to(tl.int64)[:, None] * experts + e[None, :]
+    t, e, inside, at = token_tile(tokens, experts, B, W)
     on = (tl.load(active_ptr + at, mask=inside, other=0) != 0).to(tl.int32)
     first = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < experts), other=0)
     first += tl.load(before_ptr + block * experts + e, mask=e < experts, other=0)

@@ -252,6 +252,7 @@ class EvoMoELayer(RecordingLayer):
             return y
         share = self.gate.load(plan)
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
+            share = share.clone()
             dist.all_reduce(share)
         count = len(plan.probs)
         values = torch.stack(

@@ -108,7 +108,7 @@ class Gate(nn.Module):
 
     def load(self, plan: RoutingPlan) -> Tensor:
         """Pairs of each expert that the balance loss counts, (E,) float32, capacity aside."""
-        return plan.sums.load.clone()
+        return plan.sums.load
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         """The balance loss of a plan, scalar; `load` (E,), of one or of all workers."""

@@ -151,13 +151,11 @@ def _with_handing_over(original: Any) -> Any:
         parts = _parts(self, shares)
         sharded = self.cfg.task.expert_parallel_save == "sharded"
         folder = Path(self.cfg.checkpoint.save_dir)
-        name = shards.new_folder(self.get_num_updates()) if sharded else ""
+        name = shards.new_folder(folder, self.get_num_updates()) if sharded else ""
         first_group = dist.get_global_rank(next(iter(shares.values())).mesh.group, 0) == 0
         if not first_group:
             return
         if sharded:
-            if self.is_data_parallel_master:
-                shards.remove_unused(folder)
             shards.write(folder / name, parts)
             whole = {path: shards.reference(path) for path in parts}
         else:

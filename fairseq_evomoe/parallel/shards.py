@@ -37,9 +37,16 @@ def reference(name: str) -> str:
     return _MARK + name
 
 
-def new_folder(updates: int) -> str:
-    """A name for the folder of one save, the same on all workers, that no earlier save has had."""
-    name = [f"experts-{updates}-{uuid.uuid4().hex[:8]}"]
+def new_folder(beside: Path, updates: int) -> str:
+    """A name for the folder of one save, the same on all workers, that no earlier save has had.
+
+    The first worker deletes what `remove_unused` finds before anyone knows the name: a folder that
+    another worker has just made for this save is in no checkpoint yet, and would go with the rest.
+    """
+    name = [""]
+    if dist.get_rank() == 0:
+        remove_unused(beside)
+        name = [f"experts-{updates}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(name, src=0)
     return name[0]
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from fairseq_evomoe.compat.running import free_port
 from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.plan import RoutingPlan
 from fairseq_evomoe.parallel.gradients import clip_with_experts, reduce_expert_gradients
@@ -106,5 +107,5 @@ def worker(rank, world, size, port):
 @pytest.mark.parametrize(("world", "size"), [(2, 2), (4, 2), (4, 4), (2, 1)])
 def test_exchange_equals_one_worker(world, size):
     """Outputs, every gradient, the norm and clipping, for uneven, empty and one-sided batches."""
-    port = 29600 + 10 * world + size + os.getpid() % 97 * 50
+    port = free_port()
     torch.multiprocessing.spawn(worker, (world, size, port), nprocs=world)

@@ -1,15 +1,17 @@
-"""The dense-to-sparse gate in one op: noise, temperature, threshold, cap, weights.
+"""Gates by score in one op: noise, temperature, threshold, cap, weights.
 
 Letters: T tokens, E experts. p = softmax((z + b + g) / tau) chooses, softmax(z) or p weighs; g is
 Gumbel(0, 1) noise times its strength, b a bias of selection. The argmax is always active.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels.routing_sums import RoutingSums, unpacked
 
 COMBINE = ("renorm", "straight", "raw", "softmax")
 
@@ -37,6 +39,22 @@ class Rule:
     combine: str = "softmax"
 
 
+class Gated(NamedTuple):
+    """A choice of experts and its weights.
+
+    Attributes:
+        weights: (T, E) float32, 0 where inactive; differentiable.
+        active: (T, E) bool.
+        probs: softmax(z), (T, E) float32; differentiable.
+        sums: what losses need, where the pass over the tokens gave it; None: ask `routing_sums`.
+    """
+
+    weights: Tensor
+    active: Tensor
+    probs: Tensor
+    sums: RoutingSums | None
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row, (T, E) bool; among equals the lower index wins."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -60,7 +78,7 @@ def combine(probs: Tensor, p: Tensor, active: Tensor, kind: str) -> Tensor:
     return weights
 
 
-def why_not(logits: Tensor, rule: Rule) -> str:
+def why_not(logits: Tensor) -> str:
     """What keeps the Triton kernel from serving a call; "" where nothing does."""
     why = backend.without_triton(logits.device.type)
     if not why and logits.dtype != torch.float32:
@@ -70,30 +88,34 @@ def why_not(logits: Tensor, rule: Rule) -> str:
     return why
 
 
+def _by_triton(logits: Tensor, rule: Rule, bias: Tensor | None, sums: bool) -> Gated | None:
+    """In one pass, where Triton serves; None: by torch."""
+    able = dict(torch=backend.always, reference=backend.always)
+    if backend.choose(triton=lambda: why_not(logits), **able) != "triton":
+        return None
+    from fairseq_evomoe.kernels.gate_triton import fused_gate
+
+    # drawn on the host: it follows torch.manual_seed, and no device waits
+    seed = torch.zeros((), dtype=torch.int64)
+    if rule.noise is not None:
+        seed = torch.randint(2**31 - 1, (), dtype=torch.int64)
+    weights, active, probs, row = fused_gate(logits, rule, bias, seed, sums=sums)
+    return Gated(weights, active, probs, unpacked(row) if sums else None)
+
+
 def dense_to_sparse(
-    logits: Tensor, rule: Rule, bias: Tensor | None = None, probs: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, rule: Rule, bias: Tensor | None = None, *, sums: bool = False
+) -> Gated:
     """Choose and weigh experts.
 
     Args:
         logits: z, (T, E) float32.
         bias: b, (E,) float32, not differentiated; None: 0.
-        probs: softmax(z) where it is known, (T, E); None: computed.
-
-    Returns:
-        weights (T, E) float32, active (T, E) bool, softmax(z) (T, E) float32; weights and softmax
-        are differentiable.
+        sums: the caller will want the sums of the plan; where they cost another pass, it makes it.
     """
-    name = backend.choose(
-        triton=lambda: why_not(logits, rule), torch=backend.always, reference=backend.always
-    )
-    if name == "triton":
-        from fairseq_evomoe.kernels.gate_triton import fused_gate
-
-        # drawn on the host: it follows torch.manual_seed, and no device waits
-        seed = 0 if rule.noise is None else int(torch.randint(2**31 - 1, ()))
-        return fused_gate(logits, rule, bias, seed)
-    probs = logits.softmax(-1) if probs is None else probs
+    if fused := _by_triton(logits, rule, bias, sums):
+        return fused
+    probs = logits.softmax(-1)
     noise: Tensor | float = 0.0
     if rule.noise is not None:
         # -log(Exponential(1)) is Gumbel(0, 1)
@@ -101,4 +123,19 @@ def dense_to_sparse(
     p = torch.softmax((logits + noise) / rule.temperature, -1)
     by = p if bias is None else torch.softmax((logits + bias + noise) / rule.temperature, -1)
     active = choose(by, rule)
-    return combine(probs, p, active, rule.combine), active, probs
+    return Gated(combine(probs, p, active, rule.combine), active, probs, None)
+
+
+def top_k(
+    logits: Tensor, k: int, bias: Tensor | None = None, *, renorm: bool = False, sums: bool = False
+) -> Gated:
+    """The k experts of the largest z + b, weighed by softmax(z); `renorm`: divided by their sum.
+
+    Arguments as for `dense_to_sparse`.
+    """
+    kind = "renorm" if renorm else "softmax"
+    if fused := _by_triton(logits, Rule(1.0, exactly=k, combine=kind), bias, sums):
+        return fused
+    probs = logits.softmax(-1)
+    active = top_k_mask(logits if bias is None else logits + bias, k)
+    return Gated(combine(probs, probs, active, kind), active, probs, None)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq_evomoe.kernels.gate import COMBINE, Rule
+from fairseq_evomoe.kernels.routing_sums_triton import pull_on_probs, store_sums
 from fairseq_evomoe.kernels.routing_triton import token_tile
 
 RENORM, STRAIGHT, RAW, SOFTMAX = (tl.constexpr(COMBINE.index(n)) for n in COMBINE)
@@ -21,10 +22,12 @@ RENORM, STRAIGHT, RAW, SOFTMAX = (tl.constexpr(COMBINE.index(n)) for n in COMBIN
 
 @triton.jit
 def _softmax(z, inside):
+    """Softmax of each row, and its logsumexp."""
     z = tl.where(inside, z, float("-inf"))
-    e = tl.exp(z - tl.max(z, 1)[:, None])
-    e = tl.where(inside, e, 0.0)
-    return e / tl.sum(e, 1)[:, None]
+    most = tl.max(z, 1)
+    e = tl.where(inside, tl.exp(z - most[:, None]), 0.0)
+    total = tl.sum(e, 1)
+    return e / total[:, None], most + tl.log(total)
 
 
 @triton.jit
@@ -36,24 +39,25 @@ def _gumbel(seed, at):
 
 @triton.jit
 def _forward(
-    z_ptr, bias_ptr, weight_ptr, active_ptr, probs_ptr,
+    z_ptr, bias_ptr, weight_ptr, active_ptr, probs_ptr, part_ptr,
     tokens, experts, tau, noise, threshold, seed,
     MOST: tl.constexpr, BY_THRESHOLD: tl.constexpr, CAPPED: tl.constexpr, COMBINE: tl.constexpr,
-    BIASED: tl.constexpr, NOISY: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    BIASED: tl.constexpr, NOISY: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
     t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     # rows beyond the last token stay finite
     real = (e < experts)[None, :] & (t >= 0)[:, None]
-    probs = _softmax(z, real)
+    probs, level = _softmax(z, real)
     noisy = z
     if NOISY:
         noisy = z + noise * _gumbel(seed, at)
-    p = _softmax(noisy / tau, real)
+    p, _ = _softmax(noisy / tau, real)
     by = p
     if BIASED:
         b = tl.load(bias_ptr + e, mask=e < experts, other=0.0)
-        by = _softmax((noisy + b[None, :]) / tau, real)
+        by, _ = _softmax((noisy + b[None, :]) / tau, real)
 
     # the most probable ones, one after another; the lower index among equals
     taken = tl.zeros([B, W], tl.int32)
@@ -80,29 +84,40 @@ def _forward(
     tl.store(weight_ptr + at, weight, mask=inside)
     tl.store(active_ptr + at, taken.to(tl.int8), mask=inside)
     tl.store(probs_ptr + at, probs, mask=inside)
+    if SUMS:
+        level = tl.where(t < tokens, level, 0.0)
+        clean = tl.where(inside, probs, 0.0)
+        store_sums(part_ptr, e, experts, (taken != 0) & inside, clean, level)
 
 
 @triton.jit
 def _backward(
-    z_ptr, active_ptr, dweight_ptr, dprobs_ptr, dz_ptr,
+    z_ptr, active_ptr, dweight_ptr, dprobs_ptr, dsums_ptr, dz_ptr,
     tokens, experts, tau, noise, seed,
-    COMBINE: tl.constexpr, NOISY: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    COMBINE: tl.constexpr, NOISY: tl.constexpr, PROBS: tl.constexpr, SUMS: tl.constexpr,
+    B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     real = (e < experts)[None, :] & (t >= 0)[:, None]
-    probs = _softmax(z, real)
+    probs, level = _softmax(z, real)
     on = tl.load(active_ptr + at, mask=inside, other=0) != 0
     dweight = tl.where(on, tl.load(dweight_ptr + at, mask=inside, other=0.0), 0.0)
-    dprobs = tl.load(dprobs_ptr + at, mask=inside, other=0.0)
+    dprobs = tl.zeros([B, W], tl.float32)
+    if PROBS:
+        dprobs += tl.load(dprobs_ptr + at, mask=inside, other=0.0)
     if COMBINE == SOFTMAX:
         dprobs += dweight
+    if SUMS:
+        dprobs += pull_on_probs(dsums_ptr, e, experts, probs)
     dz = probs * (dprobs - tl.sum(dprobs * probs, 1)[:, None])
+    if SUMS:
+        dz += (2.0 * tl.load(dsums_ptr + 2 * experts) * level)[:, None] * probs
     if COMBINE != SOFTMAX:
         noisy = z
         if NOISY:
             noisy = z + noise * _gumbel(seed, at)
-        p = _softmax(noisy / tau, real)
+        p, _ = _softmax(noisy / tau, real)
         dp = dweight
         if COMBINE < RAW:
             kept = tl.where(on, p, 0.0)
@@ -114,54 +129,119 @@ def _backward(
     tl.store(dz_ptr + at, dz, mask=inside)
 
 
-def _shape(experts: int, block: int | None) -> dict[str, int]:
+def _sizes(experts: int, block: int) -> dict[str, int]:
     width = triton.next_power_of_2(experts)
     return {"B": block or max(1, min(64, 512 // width)), "W": width}
 
 
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, bias: Tensor | None, rule: Rule, seed: int, block: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        z = z.contiguous()
-        tokens, experts = z.shape
-        weight, probs = torch.empty_like(z), torch.empty_like(z)
-        active = torch.empty(z.shape, dtype=torch.bool, device=z.device)
-        shape = _shape(experts, block)
-        if tokens:
-            _forward[(triton.cdiv(tokens, shape["B"]),)](
-                z, z if bias is None else bias.contiguous(), weight, active.view(torch.int8), probs,
-                tokens, experts, rule.temperature, rule.noise or 0.0, rule.threshold, seed,
-                MOST=rule.exactly or rule.cap or 1, BY_THRESHOLD=not rule.exactly,
-                CAPPED=rule.cap > 0, COMBINE=COMBINE.index(rule.combine), BIASED=bias is not None,
-                NOISY=bool(rule.noise), **shape,
-            )  # fmt: skip
-        ctx.save_for_backward(z, active)
-        ctx.rule, ctx.seed, ctx.shape = rule, seed, shape
-        ctx.mark_non_differentiable(active)
-        return weight, active, probs
+@torch.library.custom_op("evomoe::gate", mutates_args=())
+def _op(
+    z: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    temperature: float,
+    noise: float,
+    threshold: float,
+    cap: int,
+    exactly: int,
+    combine: str,
+    sums: bool,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z = z.contiguous()
+    tokens, experts = z.shape
+    weight, probs = torch.empty_like(z), torch.empty_like(z)
+    active = torch.empty(z.shape, dtype=torch.bool, device=z.device)
+    sizes = _sizes(experts, block)
+    blocks = triton.cdiv(tokens, sizes["B"])
+    part = z.new_empty(blocks, 2 * experts + 2) if sums else z.new_empty(0, 0)
+    if tokens:
+        _forward[(blocks,)](
+            z, z if bias is None else bias.contiguous(), weight, active.view(torch.int8), probs,
+            part if sums else z, tokens, experts, temperature, noise, threshold, int(seed),
+            MOST=exactly or cap or 1, BY_THRESHOLD=not exactly, CAPPED=cap > 0,
+            COMBINE=COMBINE.index(combine), BIASED=bias is not None, NOISY=noise != 0, SUMS=sums,
+            **sizes,
+        )  # fmt: skip
+    return weight, active, probs, part.sum(0)
 
-    @staticmethod
-    def backward(ctx: Any, dweight: Tensor, _: Any, dprobs: Tensor) -> tuple[Tensor | None, ...]:
-        z, active = ctx.saved_tensors
-        dz = torch.empty_like(z)
-        rule, shape = ctx.rule, ctx.shape
-        if len(z):
-            _backward[(triton.cdiv(len(z), shape["B"]),)](
-                z, active.view(torch.int8), dweight.contiguous(), dprobs.contiguous(), dz,
-                len(z), z.size(1), rule.temperature, rule.noise or 0.0, ctx.seed,
-                COMBINE=COMBINE.index(rule.combine), NOISY=bool(rule.noise), **shape,
-            )  # fmt: skip
-        return dz, None, None, None, None
+
+@_op.register_fake
+def _(z, bias, seed, temperature, noise, threshold, cap, exactly, combine, sums, block):
+    like = lambda dtype: z.new_empty(z.shape, dtype=dtype)
+    row = z.new_empty(2 * z.size(1) + 2 if sums else 0)
+    return like(z.dtype), like(torch.bool), like(z.dtype), row
+
+
+@torch.library.custom_op("evomoe::gate_backward", mutates_args=())
+def _op_backward(
+    dweight: Tensor,
+    dprobs: Tensor | None,
+    dsums: Tensor | None,
+    z: Tensor,
+    active: Tensor,
+    seed: Tensor,
+    temperature: float,
+    noise: float,
+    combine: str,
+    block: int,
+) -> Tensor:
+    z = z.contiguous()
+    tokens, experts = z.shape
+    dz = torch.empty_like(z)
+    sizes = _sizes(experts, block)
+    if tokens:
+        _backward[(triton.cdiv(tokens, sizes["B"]),)](
+            z, active.view(torch.int8), dweight.contiguous(),
+            z if dprobs is None else dprobs.contiguous(),
+            z if dsums is None else dsums.contiguous(), dz,
+            tokens, experts, temperature, noise, int(seed),
+            COMBINE=COMBINE.index(combine), NOISY=noise != 0, PROBS=dprobs is not None,
+            SUMS=dsums is not None, **sizes,
+        )  # fmt: skip
+    return dz
+
+
+@_op_backward.register_fake
+def _(dweight, dprobs, dsums, z, active, seed, temperature, noise, combine, block):
+    return z.new_empty(z.shape)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    z, _, seed, temperature, noise, _, _, _, combine, ctx.sums, block = inputs
+    active = output[1]
+    ctx.mark_non_differentiable(active)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, active, seed)
+    ctx.rule = (temperature, noise, combine, block)
+
+
+def _gradients(ctx: Any, dweight: Any, _: Any, dprobs: Any, dsums: Any) -> tuple[Any, ...]:
+    z, *rest = ctx.saved_tensors
+    dweight = torch.zeros_like(z) if dweight is None else dweight
+    dsums = dsums if ctx.sums else None
+    return _op_backward(dweight, dprobs, dsums, z, *rest, *ctx.rule), *[None] * 10
+
+
+_op.register_autograd(_gradients, setup_context=_keep)
 
 
 def fused_gate(
-    logits: Tensor, rule: Rule, bias: Tensor | None, seed: int, *, block: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`gate.dense_to_sparse` with the noise of `seed`.
+    logits: Tensor,
+    rule: Rule,
+    bias: Tensor | None,
+    seed: Tensor,
+    *,
+    sums: bool = False,
+    block: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gate.dense_to_sparse` with the noise of `seed`, as the op `evomoe::gate`.
 
     Args:
-        block: tokens of a program; None: by the number of experts. Results do not depend on it.
+        seed: int64 scalar on the CPU.
+        sums: also the row of sums that `routing_sums.unpacked` takes apart; else it is empty.
+        block: tokens of a program; 0: by the number of experts. Results do not depend on it.
     """
-    return _Gate.apply(logits, bias, rule, seed, block)
+    noise = rule.noise or 0.0
+    how = rule.temperature, noise, rule.threshold, rule.cap, rule.exactly, rule.combine
+    return _op(logits, bias, seed, *how, sums, block)

@@ -27,6 +27,13 @@ class RoutingSums(NamedTuple):
     entropy: Tensor
 
 
+def unpacked(row: Tensor) -> RoutingSums:
+    """The sums as kernels leave them, in one row of 2 E + 2 numbers."""
+    experts = row.numel() // 2 - 1
+    load, probs, z, entropy = row.split([experts, experts, 1, 1])
+    return RoutingSums(load.detach(), probs, z.squeeze(0), entropy.squeeze(0))
+
+
 def entropy(probs: Tensor) -> Tensor:
     """Entropy in nats of each row of (T, E) probabilities; (T,).
 
@@ -52,7 +59,7 @@ def routing_sums(logits: Tensor, probs: Tensor, wanted: Tensor) -> RoutingSums:
     if backend.forced in ("", "triton") and not why_not(logits, probs):
         from fairseq_evomoe.kernels.routing_sums_triton import fused_sums
 
-        return fused_sums(logits, probs, wanted)
+        return unpacked(fused_sums(logits, probs, wanted))
     return RoutingSums(
         wanted.sum(0).float(),
         probs.sum(0),

@@ -52,6 +52,15 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
+@pytest.fixture
+def triton_can(monkeypatch):
+    """Triton's kernels can serve: on a GPU where there is one, else by the interpreter."""
+    if DEVICE == "cpu":
+        from fairseq_evomoe.kernels import backend
+
+        monkeypatch.setattr(backend, "without_triton", lambda device: "")
+
+
 def run(*command, cwd=None, env=None, ok=True, timeout=600):
     """Run a real command; its standard output and error together, in one string."""
     done = subprocess.run(

@@ -79,6 +79,7 @@ class RoutingPlan:
         distill: loss of a router in training beside the gate (StableMoE), scalar; None: no such.
         at_most: active experts of a token, where the rule limits their number; it spares a GPU the
             wait for a count. None: it may be all.
+        summed: the sums, where the gate's own pass gave them; None: `sums` makes another.
     """
 
     weights: Tensor
@@ -88,11 +89,12 @@ class RoutingPlan:
     asked: Tensor | None = None
     distill: Tensor | None = None
     at_most: int | None = None
+    summed: RoutingSums | None = None
 
     @cached_property
     def sums(self) -> RoutingSums:
         """What losses and metrics need of it."""
-        return routing_sums(self.logits, self.probs, self.wanted)
+        return self.summed or routing_sums(self.logits, self.probs, self.wanted)
 
     @property
     def wanted(self) -> Tensor:

@@ -80,7 +80,7 @@ def cases():
             gate_triton._forward,
             {
                 **{"bias_ptr": "*fp32", "weight_ptr": "*fp32", "probs_ptr": "*fp32", **gate},
-                "threshold": "fp32",
+                **{"part_ptr": "*fp32", "threshold": "fp32"},
             },
             {
                 **{
@@ -90,15 +90,21 @@ def cases():
                     "COMBINE": combine,
                     "BIASED": True,
                 },
-                **{"NOISY": True, "B": 8, "W": 64},
+                **{"NOISY": True, "SUMS": True, "B": 8, "W": 64},
             },
             (),
         )
         yield (
             f"gate backward, weights {combine}",
             gate_triton._backward,
-            {"dweight_ptr": "*fp32", "dprobs_ptr": "*fp32", "dz_ptr": "*fp32", **gate},
-            {"COMBINE": combine, "NOISY": True, "B": 8, "W": 64},
+            {
+                **dict.fromkeys(("dweight_ptr", "dprobs_ptr", "dsums_ptr", "dz_ptr"), "*fp32"),
+                **gate,
+            },
+            {
+                **{"COMBINE": combine, "NOISY": True, "PROBS": True, "SUMS": True},
+                **{"B": 8, "W": 64},
+            },
             (),
         )
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fairseq_evomoe.kernels import gate
+from fairseq_evomoe.kernels import backend, gate
 from fairseq_evomoe.kernels.gate import COMBINE, Rule
 from fairseq_evomoe.kernels.gate_triton import fused_gate
+from fairseq_evomoe.kernels.routing_sums import entropy, routing_sums
 
 RULES = {
     "threshold": {"threshold": 0.1},
@@ -37,6 +38,10 @@ def loops(logits, rule, bias):
     return gate.combine(probs, p, active, rule.combine), active, probs
 
 
+def fused(logits, rule, bias=None, seed=0, **more):
+    return fused_gate(logits, rule, bias, torch.tensor(seed), **more)
+
+
 def inputs(shape, dtype=torch.float32):
     logits = torch.randn(shape, dtype=dtype, device=DEVICE)
     return logits, torch.randn(shape[1], dtype=dtype, device=DEVICE)
@@ -46,28 +51,65 @@ def inputs(shape, dtype=torch.float32):
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_follow_the_rule(shape, kind, combine, biased):
-    """Weights, choice, softmax and the gradient of the logits, against loops in float64."""
+def test_both_follow_the_rule(shape, kind, combine, biased, triton_can, monkeypatch):
+    """Weights, choice, softmax, sums and the gradient of the logits, against loops in float64."""
     if RULES[kind].get("exactly", 1) > shape[1]:
         pytest.skip("more experts than there are")
     rule = Rule(0.7, combine=combine, **RULES[kind])
     logits, bias = inputs(shape)
     bias = bias if biased else None
     grad = [torch.randn(shape, device=DEVICE) for _ in range(2)]
+    pull = torch.randn(shape[1], device=DEVICE)
     z = logits.double().requires_grad_()
     want = loops(z, rule, None if bias is None else bias.double())
-    (dz,) = torch.autograd.grad((want[0] * grad[0]).sum() + (want[2] * grad[1]).sum(), z)
-    for implementation in (
-        lambda z: gate.dense_to_sparse(z, rule, bias),
-        lambda z: fused_gate(z, rule, bias, 0),
-    ):
+
+    def loss(weights, probs, total, level, entropy):
+        plain = (weights * grad[0]).sum() + (probs * grad[1]).sum()
+        return plain + (total * pull).sum() + 0.3 * level - 0.7 * entropy
+
+    level = z.logsumexp(-1).square().sum()
+    parts = want[0], want[2], want[2].sum(0), level, entropy(want[2]).sum()
+    (dz,) = torch.autograd.grad(loss(*parts), z)
+    for serving in ("torch", "triton"):
+        monkeypatch.setattr(backend, "forced", serving)
         own = logits.clone().requires_grad_()
-        have = implementation(own)
-        assert torch.equal(have[1], want[1])
-        for a, b in ((have[0], want[0]), (have[2], want[2])):
-            assert torch.allclose(a.double(), b, atol=1e-6)
-        loss = (have[0] * grad[0]).sum() + (have[2] * grad[1]).sum()
-        assert torch.allclose(torch.autograd.grad(loss, own)[0].double(), dz, atol=1e-5)
+        have = gate.dense_to_sparse(own, rule, bias, sums=True)
+        assert torch.equal(have.active, want[1])
+        assert (have.sums is None) == (serving == "torch")
+        sums = have.sums or routing_sums(own, have.probs, have.active)
+        assert not sums.load.requires_grad and torch.equal(sums.load, want[1].sum(0).float())
+        found = have.weights, have.probs, *sums[1:]
+        for a, b in zip(found, parts, strict=True):
+            assert torch.allclose(a.double(), b, atol=1e-6, rtol=1e-5)
+        assert torch.allclose(torch.autograd.grad(loss(*found), own)[0].double(), dz, atol=2e-5)
+
+
+@pytest.mark.parametrize("serving", ["torch", "triton"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("k", "renorm"), [(1, False), (2, True), (5, True)])
+def test_top_k(k, renorm, biased, serving, triton_can, monkeypatch):
+    """The k best by z + b, weighed by softmax(z) or that over their sum; sums, gradient."""
+    monkeypatch.setattr(backend, "forced", serving)
+    logits, bias = inputs((19, 5))
+    z = logits.double().requires_grad_()
+    rows, wanted = [], []
+    for row in z:
+        score = row + bias if biased else row
+        best = sorted(range(5), key=lambda e: -score[e].item())[:k]
+        on = torch.tensor([e in best for e in range(5)], device=DEVICE)
+        row = row.softmax(0) * on
+        rows.append(row / row.sum() if renorm else row)
+        wanted.append(on)
+    want, on = torch.stack(rows), torch.stack(wanted)
+    grad = torch.randn(19, 5, device=DEVICE)
+    own = logits.clone().requires_grad_()
+    have = gate.top_k(own, k, bias if biased else None, renorm=renorm, sums=True)
+    assert torch.equal(have.active, on) and torch.allclose(have.weights.double(), want, atol=1e-6)
+    assert (have.sums is None) == (serving == "torch")
+    assert have.sums is None or torch.equal(have.sums.load, on.sum(0).float())
+    (a,) = torch.autograd.grad((have.weights * grad).sum(), own)
+    (b,) = torch.autograd.grad((want * grad).sum(), z)
+    assert torch.allclose(a.double(), b, atol=1e-6)
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])
@@ -75,10 +117,10 @@ def test_noise_is_the_seed_s_own(block):
     """The same seed gives the same result whatever the block; another seed gives another."""
     logits, _ = inputs((37, 6))
     rule = Rule(0.5, noise=1.0, threshold=0.1, combine="raw")
-    want = fused_gate(logits, rule, None, 11)
-    have = fused_gate(logits, rule, None, 11, block=block)
+    want = fused(logits, rule, seed=11)
+    have = fused(logits, rule, seed=11, block=block)
     assert all(torch.equal(a, b) for a, b in zip(want, have, strict=True))
-    other = fused_gate(logits, rule, None, 12)
+    other = fused(logits, rule, seed=12)
     assert not torch.equal(other[0], want[0])
     assert torch.equal(other[2], want[2]), "softmax(z) knows no noise"
 
@@ -87,7 +129,7 @@ def test_noise_is_gumbel():
     """With full noise the argmax is a draw from softmax(z), at any temperature."""
     z = torch.tensor([1.0, 0.0, -1.0, 0.5], device=DEVICE)
     n = 20000
-    _, active, _ = fused_gate(z.expand(n, 4), Rule(0.3, noise=1.0, exactly=1), None, 5, block=64)
+    _, active, *_ = fused(z.expand(n, 4), Rule(0.3, noise=1.0, exactly=1), seed=5, block=64)
     share, want = active.float().mean(0), z.softmax(0)
     # five standard deviations of a share
     assert ((share - want).abs() < 5 * (want * (1 - want) / n).sqrt()).all()
@@ -98,7 +140,7 @@ def test_noise_in_backward_is_that_of_forward():
     rule = Rule(0.8, noise=1.0, threshold=0.05, combine="renorm")
     logits, _ = inputs((3, 4))
     grad = torch.randn(3, 4, device=DEVICE)
-    value = lambda z: (fused_gate(z, rule, None, 3)[0].double() * grad).sum()
+    value = lambda z: (fused(z, rule, seed=3)[0].double() * grad).sum()
     z = logits.clone().requires_grad_()
     value(z).backward()
     step = 1e-2
@@ -112,9 +154,44 @@ def test_noise_in_backward_is_that_of_forward():
 def test_extreme_logits_stay_finite():
     """Large logits and a low temperature give weights that sum to 1, and finite gradients."""
     logits = torch.tensor([[1e4, -1e4, 0.0], [-3e4, 3e4, 3e4]], device=DEVICE, requires_grad=True)
-    weights, active, _ = fused_gate(
-        logits, Rule(0.1, noise=1.0, threshold=0.1, combine="renorm"), None, 1
-    )
+    rule = Rule(0.1, noise=1.0, threshold=0.1, combine="renorm")
+    weights, active, _, sums = fused(logits, rule, seed=1, sums=True)
+    assert sums.isfinite().all()
     assert torch.allclose(weights.sum(1), torch.ones(2, device=DEVICE)) and active.any(1).all()
-    weights.square().sum().backward()
+    (weights.square().sum() + sums.sum()).backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_op_keeps_its_promises(sums):
+    """torch's own checks: schema, fake tensors, autograd; with a bias, noise, and both sums."""
+    logits, bias = inputs((9, 5))
+    args = [
+        logits.requires_grad_(),
+        bias,
+        torch.tensor(3),
+        0.7,
+        1.0,
+        0.1,
+        2,
+        0,
+        "straight",
+        sums,
+        0,
+    ]
+    torch.library.opcheck(torch.ops.evomoe.gate, args)
+
+
+def test_one_graph(triton_can):
+    """A compiled call draws its noise from torch's stream, as an eager one does."""
+    torch._dynamo.reset()
+    rule = Rule(0.7, noise=1.0, threshold=0.1, combine="renorm")
+    call = lambda z: gate.dense_to_sparse(z, rule, None, sums=True)
+    found = []
+    for each in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(6)
+        z = inputs((11, 4))[0].requires_grad_()
+        made = each(z)
+        (made.weights.square().sum() + made.sums.entropy).backward()
+        found.append((made.weights, z.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

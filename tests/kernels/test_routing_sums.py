@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fairseq_evomoe.kernels.routing_sums import routing_sums, why_not
+from fairseq_evomoe.kernels.routing_sums import routing_sums, unpacked, why_not
 from fairseq_evomoe.kernels.routing_sums_triton import fused_sums
 
+BOTH = [routing_sums, lambda *args: unpacked(fused_sums(*args))]
 SHAPES = [(0, 3), (1, 1), (7, 3), (300, 5), (33, 64), (5, 300)]
 
 
@@ -22,7 +23,7 @@ def by_loops(logits, probs, wanted):
     return load, total, z, entropy
 
 
-@pytest.mark.parametrize("serving", [routing_sums, fused_sums], ids=["torch", "triton"])
+@pytest.mark.parametrize("serving", BOTH, ids=["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_loops(shape, serving):
     """Every sum, and every gradient through all of them at once."""
@@ -45,7 +46,7 @@ def test_against_loops(shape, serving):
         assert torch.allclose(have.grad.cpu().double(), grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("serving", [routing_sums, fused_sums], ids=["torch", "triton"])
+@pytest.mark.parametrize("serving", BOTH, ids=["torch", "triton"])
 def test_a_probability_of_zero(serving):
     """It adds nothing to the entropy and pulls at nothing, where the slope itself is infinite."""
     probs = torch.tensor([[1.0, 0.0]], device=DEVICE, requires_grad=True)
@@ -58,3 +59,11 @@ def test_a_probability_of_zero(serving):
 
 def test_what_it_cannot_serve_is_said():
     assert "not on cpu" in why_not(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_the_op_keeps_its_promises():
+    """torch's own checks: schema, fake tensors, autograd."""
+    logits = torch.randn(9, 5, device=DEVICE)
+    probs = logits.softmax(-1).requires_grad_()
+    args = (logits.requires_grad_(), probs.detach().requires_grad_(), probs > 0.2)
+    torch.library.opcheck(torch.ops.evomoe.routing_sums, args)

@@ -7,6 +7,7 @@ from test_gpu_path import GATES as PATHS
 from test_moe_layer import B, D, L, layer
 from torch.nn import functional as F
 
+from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.compiled_ffn import compiled_moe_ffn, name_of
 from fairseq_evomoe.kernels.grouped_ffn import moe_ffn
 from fairseq_evomoe.modules.records import recording
@@ -26,9 +27,11 @@ def gradients(call, made, x):
     return y.detach(), [None if g is None else g.clone() for g in grads]
 
 
+@pytest.mark.parametrize("serving", ["torch", "triton"])
 @pytest.mark.parametrize("name", GATES)
-def test_one_graph_the_same_numbers(name):
-    """In training: output and every gradient."""
+def test_one_graph_the_same_numbers(name, serving, triton_can, monkeypatch):
+    """In training: output and every gradient, by torch's path and by that of GPUs."""
+    monkeypatch.setattr(backend, "forced", serving)
     torch._dynamo.reset()
     made = layer(**GATES[name]).to(DEVICE).train()
     x = torch.randn(L, B, D, device=DEVICE)

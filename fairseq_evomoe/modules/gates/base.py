@@ -165,23 +165,30 @@ class ScoreGate(Gate):
                     raise ValueError("--moe-gate-token-bias: this layer was given no token ids")
                 words = F.embedding(tokens.token, self.token_bias.float())
                 logits = logits + self.token_share(clock) * words
-            plan = self.route(logits, logits.softmax(-1), clock, tokens)
+            plan = self.route(logits, clock, tokens)
         if self.cfg.moe_balance_bias and self.training and self.counting:
             load = plan.wanted.sum(0)
             self.seen = load if self.seen is None else self.seen + load
         return plan
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
-        """(T, E) logits and their softmax -> the plan."""
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        """(T, E) logits, float32 -> the plan."""
         raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What balancing adds to the logits for the choice, (E,) float32; None where it is off."""
+        u = self.cfg.moe_balance_bias
+        return u * self.bias_steps.float() if u else None
 
     def scores(self, logits: Tensor) -> Tensor:
         """What experts are chosen by, (T, E): the logits, with the balancing bias where on."""
-        if not self.cfg.moe_balance_bias:
-            return logits
-        return logits + self.cfg.moe_balance_bias * self.bias_steps
+        return logits if self.bias is None else logits + self.bias
+
+    @property
+    def wants_sums(self) -> bool:
+        """Whether routing losses will follow; evaluation seldom keeps a record."""
+        return self.training and not torch.compiler.is_compiling()
 
     def forget_skipped(self) -> None:
         """Before a batch: drop the load of an update that fairseq has skipped.

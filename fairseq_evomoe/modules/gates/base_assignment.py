@@ -38,14 +38,13 @@ class BaseGate(ScoreGate):
         if libbase is None:
             logger.warning("fairseq.libbase is missing: BASE assigns with SciPy, which is slower")
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
         if self.training:
             active = mask_of(balanced_assignment(logits.detach()), logits.size(1))
         else:
             active = top_k_mask(logits, 1)
-        return RoutingPlan(torch.sigmoid(logits) * active, active, probs, logits, at_most=1)
+        weights, probs = torch.sigmoid(logits) * active, logits.softmax(-1)
+        return RoutingPlan(weights, active, probs, logits, at_most=1)
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         return super().balance(plan, load).detach()

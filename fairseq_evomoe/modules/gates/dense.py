@@ -12,8 +12,7 @@ class DenseGate(ScoreGate):
 
     takes_bias = False
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        probs = logits.softmax(-1)
         active = torch.ones_like(probs, dtype=torch.bool)
         return RoutingPlan(probs, active, probs, logits, at_most=probs.size(1))

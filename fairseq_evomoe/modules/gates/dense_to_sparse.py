@@ -88,11 +88,10 @@ class DenseToSparseGate(ScoreGate):
         """It comes in as the gate cools, so that the gate starts dense all the same."""
         return 1 - clock.warmth
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
         cfg = self.cfg
         if cfg.dts_parity and not self.training:
+            probs = logits.softmax(-1)
             active = top_k_mask(probs, 1)
             return RoutingPlan(probs * active, active, probs, logits, at_most=1)
 
@@ -106,10 +105,11 @@ class DenseToSparseGate(ScoreGate):
             exactly=cfg.dts_top_k if hard else 0,
             combine=cfg.dts_combine,
         )
-        bias = cfg.moe_balance_bias * self.bias_steps.float() if cfg.moe_balance_bias else None
-        weights, active, probs = dense_to_sparse(logits, rule, bias, probs)
+        weights, active, probs, sums = dense_to_sparse(
+            logits, rule, self.bias, sums=self.wants_sums
+        )
         limit = cfg.dts_top_k if hard else cfg.dts_max_experts or None
-        return RoutingPlan(weights, active, probs, logits, at_most=limit)
+        return RoutingPlan(weights, active, probs, logits, at_most=limit, summed=sums)
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         if self.cfg.dts_parity:

@@ -44,9 +44,8 @@ class ExpertChoiceGate(ScoreGate):
             f"a token cannot get more than all {cfg.moe_expert_count} experts",
         )
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        probs = logits.softmax(-1)
         if tokens is None or self.cfg.moe_choice_group == "batch":
             group = torch.zeros(len(probs), dtype=torch.int64, device=probs.device)
         else:

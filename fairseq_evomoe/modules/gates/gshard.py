@@ -40,10 +40,8 @@ class GShardGate(ScoreGate):
         )
         cfg.need(cfg.moe_expert_count >= 2, "--moe-expert-count", "gshard needs 2 experts or more")
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
-        cfg, scores = self.cfg, self.scores(logits)
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        cfg, probs, scores = self.cfg, logits.softmax(-1), self.scores(logits)
         policy = cfg.moe_second_expert_policy if self.training else "all"
         first = top_k_mask(scores, 1)
         if policy == "sampling":

@@ -58,9 +58,7 @@ class StableGate(ScoreGate):
         if not self.frozen:
             self.table.copy_(F.linear(self.words.float(), self.distilled.float()).argmax(-1))
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
         if tokens is None:
             raise ValueError("--moe-gate stable routes by token ids, and this layer was given none")
         distill = None
@@ -70,7 +68,7 @@ class StableGate(ScoreGate):
         else:
             active = top_k_mask(logits, 1)
             distill = self._distill(active, tokens) if self.training else None
-        weights = torch.sigmoid(logits) * active
+        weights, probs = torch.sigmoid(logits) * active, logits.softmax(-1)
         return RoutingPlan(weights, active, probs, logits, distill=distill, at_most=1)
 
     def _distill(self, active: Tensor, tokens: TokenBatch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fairseq_evomoe.kernels.gate import top_k_mask
+from fairseq_evomoe.kernels.gate import top_k
 from fairseq_evomoe.modules.gates.base import (
     ScoreGate,
     capacity,
@@ -21,14 +21,13 @@ class SwitchGate(ScoreGate):
 
     takes_capacity = True
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
-        active = wanted = top_k_mask(self.scores(logits), 1)
-        limits = self.training and self.cfg.moe_capacity_factor > 0
-        if limits:
-            surest = (probs * wanted).sum(-1) if self.cfg.moe_batch_prioritized_routing else None
-            limit = capacity(self.cfg, len(probs), 1)
-            (active,) = within_capacity([wanted], limit, priority=surest)
-        asked = wanted if limits else None
-        return RoutingPlan(probs * active, active, probs, logits, asked=asked, at_most=1)
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        weights, wanted, probs, sums = top_k(logits, 1, self.bias, sums=self.wants_sums)
+        if not (self.training and self.cfg.moe_capacity_factor):
+            return RoutingPlan(weights, wanted, probs, logits, at_most=1, summed=sums)
+        surest = weights.sum(-1) if self.cfg.moe_batch_prioritized_routing else None
+        limit = capacity(self.cfg, len(probs), 1)
+        (active,) = within_capacity([wanted], limit, priority=surest)
+        return RoutingPlan(
+            weights * active, active, probs, logits, asked=wanted, at_most=1, summed=sums
+        )

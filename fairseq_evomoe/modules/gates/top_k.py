@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.kernels.gate import top_k_mask
+from fairseq_evomoe.kernels.gate import top_k
 from fairseq_evomoe.modules.gates.base import ScoreGate
 from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
 
@@ -24,11 +24,9 @@ class TopKGate(ScoreGate):
             f"choose 1 to --moe-expert-count {cfg.moe_expert_count}",
         )
 
-    def route(
-        self, logits: Tensor, probs: Tensor, clock: Clock, tokens: TokenBatch | None
-    ) -> RoutingPlan:
-        active = top_k_mask(self.scores(logits), self.cfg.moe_top_k)
-        weights = probs * active
-        if self.cfg.moe_top_k > 1:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return RoutingPlan(weights, active, probs, logits, at_most=self.cfg.moe_top_k)
+    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+        k = self.cfg.moe_top_k
+        weights, active, probs, sums = top_k(
+            logits, k, self.bias, renorm=k > 1, sums=self.wants_sums
+        )
+        return RoutingPlan(weights, active, probs, logits, at_most=k, summed=sums)

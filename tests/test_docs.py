@@ -84,6 +84,20 @@ def test_tables_are_what_the_rows_say():
         assert page.split(start)[1].split(end)[0] == text, f"{path.name}: {marker}"
 
 
+def test_examples_in_python_run(toy, tmp_path):
+    """The blocks of docs/api.md, on a toy model: as they stand, one after another."""
+    train(*train_args(toy, tmp_path / "checkpoints", "--moe-expert-count", 4))
+    saved = tmp_path / "checkpoints/checkpoint_last.pt"
+    saved.rename(saved.with_name("checkpoint_best.pt"))
+    (tmp_path / "data-bin").symlink_to(toy / "bin")
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs/api.md").read_text("utf-8"))
+    assert len(blocks) == 2
+    path = {"PYTHONPATH": str(ROOT)}
+    said = [run(sys.executable, "-c", block, cwd=tmp_path, env=path) for block in blocks]
+    assert re.search(r"(?m)^\['.*', '.*'\]$", said[0])
+    assert "Stage.HARD" in said[1]
+
+
 def test_the_site_builds(tmp_path):
     """Sphinx makes the pages and the API of the docstrings without a warning; all are linked."""
     pytest.importorskip("myst_parser")

@@ -129,9 +129,11 @@ def _backward(
     tl.store(dz_ptr + at, dz, mask=inside)
 
 
-def _sizes(experts: int, block: int) -> dict[str, int]:
+def sizes(experts: int, block: int = 0) -> dict[str, int]:
+    """Of a program, by the number of experts: tokens, width, warps enough for its registers."""
     width = triton.next_power_of_2(experts)
-    return {"B": block or max(1, min(64, 512 // width)), "W": width}
+    tokens = block or max(1, min(64, 512 // width))
+    return {"B": tokens, "W": width, "num_warps": max(4, min(16, width // 256))}
 
 
 @torch.library.custom_op("evomoe::gate", mutates_args=())
@@ -152,8 +154,8 @@ def _op(
     tokens, experts = z.shape
     weight, probs = torch.empty_like(z), torch.empty_like(z)
     active = torch.empty(z.shape, dtype=torch.bool, device=z.device)
-    sizes = _sizes(experts, block)
-    blocks = triton.cdiv(tokens, sizes["B"])
+    shape = sizes(experts, block)
+    blocks = triton.cdiv(tokens, shape["B"])
     part = z.new_empty(blocks, 2 * experts + 2) if sums else z.new_empty(0, 0)
     if tokens:
         _forward[(blocks,)](
@@ -161,7 +163,7 @@ def _op(
             part if sums else z, tokens, experts, temperature, noise, threshold, int(seed),
             MOST=exactly or cap or 1, BY_THRESHOLD=not exactly, CAPPED=cap > 0,
             COMBINE=COMBINE.index(combine), BIASED=bias is not None, NOISY=noise != 0, SUMS=sums,
-            **sizes,
+            **shape,
         )  # fmt: skip
     return weight, active, probs, part.sum(0)
 
@@ -189,15 +191,15 @@ def _op_backward(
     z = z.contiguous()
     tokens, experts = z.shape
     dz = torch.empty_like(z)
-    sizes = _sizes(experts, block)
+    shape = sizes(experts, block)
     if tokens:
-        _backward[(triton.cdiv(tokens, sizes["B"]),)](
+        _backward[(triton.cdiv(tokens, shape["B"]),)](
             z, active.view(torch.int8), dweight.contiguous(),
             z if dprobs is None else dprobs.contiguous(),
             z if dsums is None else dsums.contiguous(), dz,
             tokens, experts, temperature, noise, int(seed),
             COMBINE=COMBINE.index(combine), NOISY=noise != 0, PROBS=dprobs is not None,
-            SUMS=dsums is not None, **sizes,
+            SUMS=dsums is not None, **shape,
         )  # fmt: skip
     return dz
 

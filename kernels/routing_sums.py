@@ -48,8 +48,8 @@ def why_not(logits: Tensor, probs: Tensor) -> str:
     why = backend.without_triton(logits.device.type)
     if not why and not logits.dtype == probs.dtype == torch.float32:
         why = f"it has no {logits.dtype} with {probs.dtype}"
-    if not why and logits.size(1) > 2048:
-        why = "it takes 2048 experts"
+    if not why and logits.size(1) > 4096:
+        why = "it takes 4096 experts"
     return why
 
 

@@ -70,43 +70,7 @@ def cases():
         ("width",),
     )
 
-    gate = {
-        **{"z_ptr": "*fp32", "active_ptr": "*i8", "tokens": "i32", "experts": "i32"},
-        **{"tau": "fp32", "noise": "fp32", "seed": "i32"},
-    }
-    for combine in range(4):
-        yield (
-            f"gate forward, weights {combine}",
-            gate_triton._forward,
-            {
-                **{"bias_ptr": "*fp32", "weight_ptr": "*fp32", "probs_ptr": "*fp32", **gate},
-                **{"part_ptr": "*fp32", "threshold": "fp32"},
-            },
-            {
-                **{
-                    "MOST": 2,
-                    "BY_THRESHOLD": True,
-                    "CAPPED": True,
-                    "COMBINE": combine,
-                    "BIASED": True,
-                },
-                **{"NOISY": True, "SUMS": True, "B": 8, "W": 64},
-            },
-            (),
-        )
-        yield (
-            f"gate backward, weights {combine}",
-            gate_triton._backward,
-            {
-                **dict.fromkeys(("dweight_ptr", "dprobs_ptr", "dsums_ptr", "dz_ptr"), "*fp32"),
-                **gate,
-            },
-            {
-                **{"COMBINE": combine, "NOISY": True, "PROBS": True, "SUMS": True},
-                **{"B": 8, "W": 64},
-            },
-            (),
-        )
+    yield from gate_cases()
 
     rows = {"width": "i32", "experts": "i32", "place_ptr": "*i32"}
     for weighted, dot in ((False, False), (True, True)):
@@ -149,6 +113,28 @@ def cases():
     )
     yield from routing_cases()
     yield from fused_cases()
+
+
+def gate_cases():
+    """With and without all that they can do, of few experts and of as many as they take."""
+    gate = {
+        **{"z_ptr": "*fp32", "active_ptr": "*i8", "tokens": "i32", "experts": "i32"},
+        **{"tau": "fp32", "noise": "fp32", "seed": "i32"},
+    }
+    pointers = dict.fromkeys(("bias_ptr", "weight_ptr", "probs_ptr", "part_ptr"), "*fp32")
+    pulls = dict.fromkeys(("dweight_ptr", "dprobs_ptr", "dsums_ptr", "dz_ptr"), "*fp32")
+    for experts, combine in [(64, kind) for kind in range(4)] + [(4096, 0)]:
+        sizes = {"COMBINE": combine, "NOISY": True, "SUMS": True, **gate_triton.sizes(experts)}
+        what = f"{experts} experts, weights {combine}"
+        yield (
+            f"gate forward, {what}",
+            gate_triton._forward,
+            {**pointers, **gate, "threshold": "fp32"},
+            {"MOST": 2, "BY_THRESHOLD": True, "CAPPED": True, "BIASED": True, **sizes},
+            (),
+        )
+        back = gate_triton._backward
+        yield f"gate backward, {what}", back, {**pulls, **gate}, {"PROBS": True, **sizes}, ()
 
 
 def routing_cases():

@@ -119,7 +119,9 @@ def test_noise_is_the_seed_s_own(block):
     rule = Rule(0.5, noise=1.0, threshold=0.1, combine="raw")
     want = fused(logits, rule, seed=11)
     have = fused(logits, rule, seed=11, block=block)
-    assert all(torch.equal(a, b) for a, b in zip(want, have, strict=True))
+    assert torch.equal(want[1], have[1])
+    # a block of another size may add a row in another order
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(want[::2], have[::2], strict=True))
     other = fused(logits, rule, seed=12)
     assert not torch.equal(other[0], want[0])
     assert torch.equal(other[2], want[2]), "softmax(z) knows no noise"

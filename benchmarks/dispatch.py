@@ -10,6 +10,8 @@
 - transformers: that library's grouped form, where it is installed;
 - eager: one expert after another by indices, as transformers does without it;
 - fused, on CUDA: ours with our own products where torch's would serve;
+- scattermoe, on CUDA: ScatterMoE's kernels (arXiv 2403.08245), of a checkout (`--scattermoe DIR`);
+  as many experts for each token: it has no `mix`;
 - the floor: a dense FFN of the same active FLOPs.
 
 Routing: top1 and top2 with even loads, mix with a mean of 3 experts and any number a token, as a
@@ -152,6 +154,20 @@ class Layer:
         )  # fmt: skip
         return grouped_mm_experts_forward(layer, self.x, index, weights.to(self.x.dtype))
 
+    def scattermoe(self) -> Tensor:
+        from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+        each = self.pairs // self.tokens
+        index = self.active.int().topk(each, 1).indices
+        weights = self.weights.gather(1, index).to(self.x.dtype)
+        order = flatten_sort_count(index, num_experts=self.experts)
+        w1, w2 = self.w1.transpose(1, 2), self.w2.transpose(1, 2)
+        h = parallel_linear(self.x, w1, each, *order, expert_biases=self.b1, grouped_out=True)
+        h = h.relu_()
+        return parallel_linear(
+            h, w2, 1, *order, expert_biases=self.b2, gates=weights, grouped_in=True
+        )
+
     def dense(self) -> Tensor:
         return F.linear(F.linear(self.x, self.v1).relu_(), self.v2)
 
@@ -258,6 +274,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["top1"])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--scattermoe", metavar="DIR", help="its checkout: one case more")
     modes = ["forward", "forward+backward"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--rounds", type=int, default=5)
@@ -272,6 +289,9 @@ def main() -> None:
     if "transformers" in cases and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: left out", flush=True)
         cases.remove("transformers")
+    if args.scattermoe:
+        sys.path.insert(0, args.scattermoe)
+        cases.append("scattermoe")
     dtype = getattr(torch, args.dtype)
     size = 1024 if args.device == "cpu" else 8192
     rate = gemm_rate(size, dtype=dtype, device=args.device)
@@ -280,7 +300,8 @@ def main() -> None:
         for kind in args.routing:
             for tokens in args.tokens:
                 sizes = [tokens, experts, args.width, args.hidden]
-                measure(Layer(sizes, kind, args.device, dtype), sizes, cases, args, rate)
+                can = [c for c in cases if kind != "mix" or c != "scattermoe"]
+                measure(Layer(sizes, kind, args.device, dtype), sizes, can, args, rate)
 
 
 if __name__ == "__main__":

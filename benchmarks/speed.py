@@ -22,6 +22,7 @@ WAYS = {
     "fused": "ours, own products",
     "grouped_mm": "torch's grouped product",
     "transformers": "transformers, grouped",
+    "scattermoe": "ScatterMoE",
     "eager": "one expert after another",
     "gshard": "GShard's capacity masks",
     "official": "official EvoMoE layout",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import backend
-from fairseq_evomoe.kernels.routing_sums import RoutingSums, unpacked
+from fairseq_evomoe.kernels.routing_sums import RoutingSums, unpacked, why_not
 
 COMBINE = ("renorm", "straight", "raw", "softmax")
 
@@ -78,20 +78,12 @@ def combine(probs: Tensor, p: Tensor, active: Tensor, kind: str) -> Tensor:
     return weights
 
 
-def why_not(logits: Tensor) -> str:
-    """What keeps the Triton kernel from serving a call; "" where nothing does."""
-    why = backend.without_triton(logits.device.type)
-    if not why and logits.dtype != torch.float32:
-        why = f"it has no {logits.dtype}"
-    if not why and logits.size(1) > 4096:
-        why = "it takes 4096 experts"
-    return why
-
-
 def _by_triton(logits: Tensor, rule: Rule, bias: Tensor | None, sums: bool) -> Gated | None:
     """In one pass, where Triton serves; None: by torch."""
-    able = dict(torch=backend.always, reference=backend.always)
-    if backend.choose(triton=lambda: why_not(logits), **able) != "triton":
+    name = backend.choose(
+        triton=lambda: why_not(logits), torch=backend.always, reference=backend.always
+    )
+    if name != "triton":
         return None
     from fairseq_evomoe.kernels.gate_triton import fused_gate
 

@@ -14,20 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq_evomoe.kernels.gate import COMBINE, Rule
-from fairseq_evomoe.kernels.routing_sums_triton import pull_on_probs, store_sums
-from fairseq_evomoe.kernels.routing_triton import token_tile
+from fairseq_evomoe.kernels.routing_sums_triton import pull_on_probs, softmax, store_sums
+from fairseq_evomoe.kernels.routing_triton import shape, token_tile
 
 RENORM, STRAIGHT, RAW, SOFTMAX = (tl.constexpr(COMBINE.index(n)) for n in COMBINE)
-
-
-@triton.jit
-def _softmax(z, inside):
-    """Softmax of each row, and its logsumexp."""
-    z = tl.where(inside, z, float("-inf"))
-    most = tl.max(z, 1)
-    e = tl.where(inside, tl.exp(z - most[:, None]), 0.0)
-    total = tl.sum(e, 1)
-    return e / total[:, None], most + tl.log(total)
 
 
 @triton.jit
@@ -48,16 +38,16 @@ def _forward(
     t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
     # rows beyond the last token stay finite
-    real = (e < experts)[None, :] & (t >= 0)[:, None]
-    probs, level = _softmax(z, real)
+    real = (e < experts)[None, :]
+    probs, level = softmax(z, real)
     noisy = z
     if NOISY:
         noisy = z + noise * _gumbel(seed, at)
-    p, _ = _softmax(noisy / tau, real)
+    p, _ = softmax(noisy / tau, real)
     by = p
     if BIASED:
         b = tl.load(bias_ptr + e, mask=e < experts, other=0.0)
-        by, _ = _softmax((noisy + b[None, :]) / tau, real)
+        by, _ = softmax((noisy + b[None, :]) / tau, real)
 
     # the most probable ones, one after another; the lower index among equals
     taken = tl.zeros([B, W], tl.int32)
@@ -99,8 +89,8 @@ def _backward(
 ):  # fmt: skip
     t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    real = (e < experts)[None, :] & (t >= 0)[:, None]
-    probs, level = _softmax(z, real)
+    real = (e < experts)[None, :]
+    probs, level = softmax(z, real)
     on = tl.load(active_ptr + at, mask=inside, other=0) != 0
     dweight = tl.where(on, tl.load(dweight_ptr + at, mask=inside, other=0.0), 0.0)
     dprobs = tl.zeros([B, W], tl.float32)
@@ -117,7 +107,7 @@ def _backward(
         noisy = z
         if NOISY:
             noisy = z + noise * _gumbel(seed, at)
-        p, _ = _softmax(noisy / tau, real)
+        p, _ = softmax(noisy / tau, real)
         dp = dweight
         if COMBINE < RAW:
             kept = tl.where(on, p, 0.0)
@@ -131,9 +121,9 @@ def _backward(
 
 def sizes(experts: int, block: int = 0) -> dict[str, int]:
     """Of a program, by the number of experts: tokens, width, warps enough for its registers."""
-    width = triton.next_power_of_2(experts)
-    tokens = block or max(1, min(64, 512 // width))
-    return {"B": tokens, "W": width, "num_warps": max(4, min(16, width // 256))}
+    found = shape(experts, at_once=512, most=64)
+    warps = max(4, min(16, found["W"] // 256))
+    return {"B": block or found["B"], "W": found["W"], "num_warps": warps}
 
 
 @torch.library.custom_op("evomoe::gate", mutates_args=())
@@ -154,8 +144,8 @@ def _op(
     tokens, experts = z.shape
     weight, probs = torch.empty_like(z), torch.empty_like(z)
     active = torch.empty(z.shape, dtype=torch.bool, device=z.device)
-    shape = sizes(experts, block)
-    blocks = triton.cdiv(tokens, shape["B"])
+    launch = sizes(experts, block)
+    blocks = triton.cdiv(tokens, launch["B"])
     part = z.new_empty(blocks, 2 * experts + 2) if sums else z.new_empty(0, 0)
     if tokens:
         _forward[(blocks,)](
@@ -163,7 +153,7 @@ def _op(
             part if sums else z, tokens, experts, temperature, noise, threshold, int(seed),
             MOST=exactly or cap or 1, BY_THRESHOLD=not exactly, CAPPED=cap > 0,
             COMBINE=COMBINE.index(combine), BIASED=bias is not None, NOISY=noise != 0, SUMS=sums,
-            **shape,
+            **launch,
         )  # fmt: skip
     return weight, active, probs, part.sum(0)
 
@@ -191,15 +181,15 @@ def _op_backward(
     z = z.contiguous()
     tokens, experts = z.shape
     dz = torch.empty_like(z)
-    shape = sizes(experts, block)
+    launch = sizes(experts, block)
     if tokens:
-        _backward[(triton.cdiv(tokens, shape["B"]),)](
+        _backward[(triton.cdiv(tokens, launch["B"]),)](
             z, active.view(torch.int8), dweight.contiguous(),
             z if dprobs is None else dprobs.contiguous(),
             z if dsums is None else dsums.contiguous(), dz,
             tokens, experts, temperature, noise, int(seed),
             COMBINE=COMBINE.index(combine), NOISY=noise != 0, PROBS=dprobs is not None,
-            SUMS=dsums is not None, **shape,
+            SUMS=dsums is not None, **launch,
         )  # fmt: skip
     return dz
 

@@ -17,14 +17,21 @@ class RoutingSums(NamedTuple):
     Attributes:
         load: pairs of each expert, (E,); without gradient.
         probs: probabilities of each expert, (E,).
-        z: squares of logsumexp of the logits, scalar.
-        entropy: entropies of the probabilities in nats, scalar.
+        z: squares of logsumexp of the logits, scalar; their mean, the z-loss, keeps logits small
+            (eq. 5 of arXiv 2202.08906).
+        entropy: entropies of the probabilities in nats, scalar; their mean is 0 when every token is
+            sure of its expert.
     """
 
     load: Tensor
     probs: Tensor
     z: Tensor
     entropy: Tensor
+
+    def over(self, tokens: int) -> "RoutingSums":
+        """Means over so many tokens, 0 of none; the load stays a number of pairs."""
+        count = max(1, tokens)
+        return RoutingSums(self.load, self.probs / count, self.z / count, self.entropy / count)
 
 
 def unpacked(row: Tensor) -> RoutingSums:
@@ -43,12 +50,12 @@ def entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
-def why_not(logits: Tensor, probs: Tensor) -> str:
-    """What keeps the Triton kernel from serving a call; "" where nothing does."""
-    why = backend.without_triton(logits.device.type)
-    if not why and not logits.dtype == probs.dtype == torch.float32:
-        why = f"it has no {logits.dtype} with {probs.dtype}"
-    if not why and logits.size(1) > 4096:
+def why_not(*given: Tensor) -> str:
+    """What keeps Triton kernels over matrices (T, E) from serving a call; "" where nothing does."""
+    why = backend.without_triton(given[0].device.type)
+    if not why and any(t.dtype != torch.float32 for t in given):
+        why = f"it has no {' with '.join(str(t.dtype) for t in given)}"
+    if not why and given[0].size(1) > 4096:
         why = "it takes 4096 experts"
     return why
 

@@ -14,10 +14,13 @@ from fairseq_evomoe.kernels.routing_triton import shape, token_tile
 
 
 @triton.jit
-def _log_sum_exp(z, inside):
-    z = tl.where(inside, z, float("-inf"))
+def softmax(z, real):
+    """Softmax of each row of z (B, W) over the real columns (1, W), and its logsumexp (B,)."""
+    z = tl.where(real, z, float("-inf"))
     most = tl.max(z, 1)
-    return most + tl.log(tl.sum(tl.where(inside, tl.exp(z - most[:, None]), 0.0), 1))
+    e = tl.where(real, tl.exp(z - most[:, None]), 0.0)
+    total = tl.sum(e, 1)
+    return e / total[:, None], most + tl.log(total)
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def _forward(
     t, e, inside, at = token_tile(tokens, experts, B, W)
     # rows beyond the last token stay finite, and count for nothing
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    level = _log_sum_exp(z, (e < experts)[None, :] & (t >= 0)[:, None])
+    _, level = softmax(z, (e < experts)[None, :])
     level = tl.where(t < tokens, level, 0.0)
     p = tl.load(p_ptr + at, mask=inside, other=0.0)
     wanted = tl.load(wanted_ptr + at, mask=inside, other=0) != 0
@@ -63,9 +66,9 @@ def _backward(
 ):  # fmt: skip
     t, e, inside, at = token_tile(tokens, experts, B, W)
     z = tl.load(z_ptr + at, mask=inside, other=0.0)
-    level = _log_sum_exp(z, (e < experts)[None, :] & (t >= 0)[:, None])
+    share, level = softmax(z, (e < experts)[None, :])
     slope = 2.0 * tl.load(grad_ptr + 2 * experts) * level
-    tl.store(dz_ptr + at, slope[:, None] * tl.exp(z - level[:, None]), mask=inside)
+    tl.store(dz_ptr + at, slope[:, None] * share, mask=inside)
     p = tl.load(p_ptr + at, mask=inside, other=1.0)
     tl.store(dp_ptr + at, pull_on_probs(grad_ptr, e, experts, p), mask=inside)
 

@@ -90,10 +90,10 @@ def _place(
     tl.store(expert_ptr + place, e[None, :] + tl.zeros([B, W], tl.int32), mask=real)
 
 
-def shape(experts: int) -> dict[str, int]:
-    """Sizes of a program by the number of experts."""
+def shape(experts: int, *, at_once: int = _AT_ONCE, most: int = 256) -> dict[str, int]:
+    """Tokens and width of a program that takes so many numbers, and so many tokens at most."""
     width = triton.next_power_of_2(experts)
-    return {"B": max(1, min(256, _AT_ONCE // width)), "W": width}
+    return {"B": max(1, min(most, at_once // width)), "W": width}
 
 
 def sort_pairs(active: Tensor, pairs: int, *, block: int | None = None) -> Sorted:

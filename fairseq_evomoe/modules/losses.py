@@ -1,28 +1,21 @@
-"""Routing losses: pure functions of a gate's probabilities. Letters: T tokens, E experts."""
+"""Balance losses: pure functions of a gate's plan. Letters: T tokens, E experts."""
 
 from torch import Tensor
 
-from fairseq_evomoe.kernels.routing_sums import entropy
 
-
-def balance_loss(probs: Tensor, load: Tensor) -> Tensor:
+def balance_loss(mean: Tensor, load: Tensor) -> Tensor:
     """Load balance, invariant to how many experts are active.
 
     E * sum_e f_e P_e (eq. 4 of arXiv 2101.03961), with f_e the expert's share of the active pairs
     instead of tokens and P_e its mean clean probability: 1 at perfect balance in every stage.
 
     Args:
-        probs: clean gate probabilities, (T, E) float32; rows sum to 1.
+        mean: clean gate probability of each expert, mean over the tokens, (E,) float32.
         load: active pairs of each expert, (E,), any scale; not differentiated.
 
     Returns:
-        scalar float32; 0 when there is no token.
+        scalar float32.
     """
-    return balance_of_means(probs.sum(0) / max(1, len(probs)), load)
-
-
-def balance_of_means(mean: Tensor, load: Tensor) -> Tensor:
-    """`balance_loss` from the mean probability of each expert, (E,) float32."""
     share = load.float() / load.sum().clamp(min=1)
     return len(mean) * (share * mean).sum()
 
@@ -42,17 +35,3 @@ def official_balance_loss(weights: Tensor, active: Tensor) -> Tensor:
     if weights.size(0) == 0:
         return weights.sum()
     return weights.size(1) * (weights.mean(0) * active.float().mean(0)).sum()
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """mean_t logsumexp(z_t)^2, keeps logits small (eq. 5 of arXiv 2202.08906). logits: (T, E)."""
-    if logits.size(0) == 0:
-        return logits.sum()
-    return logits.logsumexp(-1).square().mean()
-
-
-def entropy_loss(probs: Tensor) -> Tensor:
-    """Mean entropy in nats: 0 when every token is sure of its expert. probs: (T, E)."""
-    if probs.size(0) == 0:
-        return probs.sum()
-    return entropy(probs).mean()

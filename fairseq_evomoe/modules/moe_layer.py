@@ -254,18 +254,17 @@ class EvoMoELayer(RecordingLayer):
         if self.training and self.cfg.moe_balance_all_ranks and dist.is_initialized():
             share = share.clone()
             dist.all_reduce(share)
-        count = len(plan.probs)
         values = torch.stack(
             [
                 self.gate.balance(plan, share),
-                plan.sums.z / max(1, count),
-                plan.sums.entropy / max(1, count),
+                plan.means.z,
+                plan.means.entropy,
                 share.new_zeros(()) if plan.distill is None else plan.distill,
             ]
         )
         if self.recording:
             load, spread = plan.sums.load, plan.sums.entropy.detach()
-            tokens = load.new_tensor(count)
+            tokens = load.new_tensor(len(plan.probs))
             dropped = load.sum() - plan.active.sum()
             self.record = RoutingRecord(
                 *(self.name, clock.stage, clock.temperature, tokens, load),

@@ -96,6 +96,11 @@ class RoutingPlan:
         """What losses and metrics need of it."""
         return self.summed or routing_sums(self.logits, self.probs, self.wanted)
 
+    @cached_property
+    def means(self) -> RoutingSums:
+        """The same over the number of tokens."""
+        return self.sums.over(len(self.probs))
+
     @property
     def wanted(self) -> Tensor:
         """The gate's choice, whether a capacity allowed it or not, (T, E) bool."""

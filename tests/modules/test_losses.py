@@ -5,16 +5,23 @@ import math
 import pytest
 import torch
 
-from fairseq_evomoe.modules.losses import balance_loss, entropy, entropy_loss, z_loss
+from fairseq_evomoe.kernels.routing_sums import entropy
+from fairseq_evomoe.modules.losses import balance_loss
+from fairseq_evomoe.modules.plan import RoutingPlan
 
 T, E = 24, 4
+
+
+def means(logits, probs):
+    """What the layer makes its losses of."""
+    return RoutingPlan(probs, probs > 0, probs, logits).means
 
 
 @pytest.mark.parametrize("k", [1, 2, E])
 def test_balance_is_one_at_balance_whatever_is_active(k):
     """Uniform load and uniform mean probability give 1 for 1, 2 and all experts per token."""
     probs = torch.full((T, E), 1 / E)
-    assert balance_loss(probs, torch.full((E,), T * k / E)).item() == pytest.approx(1)
+    assert balance_loss(probs.mean(0), torch.full((E,), T * k / E)).item() == pytest.approx(1)
 
 
 def test_balance_against_loops_and_its_gradient():
@@ -25,7 +32,7 @@ def test_balance_against_loops_and_its_gradient():
     want = E * sum(
         load[e].item() / 24 * sum(probs[t, e].item() for t in range(T)) / T for e in range(E)
     )
-    loss = balance_loss(probs, load)
+    loss = balance_loss(means(logits, probs).probs, load)
     assert loss.item() == pytest.approx(want, rel=1e-5)
     loss.backward()
     assert logits.grad[:, 0].min() > 0
@@ -35,22 +42,23 @@ def test_balance_is_largest_when_collapsed():
     """All tokens surely on one expert: E."""
     probs = torch.zeros(T, E)
     probs[:, 2] = 1
-    assert balance_loss(probs, probs.sum(0)).item() == E
+    assert balance_loss(probs.mean(0), probs.sum(0)).item() == E
 
 
 def test_z_loss_and_entropy():
     """mean logsumexp^2, and -sum p log p with 0 log 0 = 0."""
     logits = torch.randn(T, E)
     want = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits.tolist()) / T
-    assert z_loss(logits).item() == pytest.approx(want, rel=1e-5)
+    assert means(logits, logits.softmax(-1)).z.item() == pytest.approx(want, rel=1e-5)
     probs = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
     assert entropy(probs).tolist() == pytest.approx([math.log(2), 0])
-    assert entropy_loss(probs).item() == pytest.approx(math.log(2) / 2)
+    assert means(probs, probs).entropy.item() == pytest.approx(math.log(2) / 2)
 
 
 def test_empty_batches_cost_nothing():
     """No token: 0, not NaN, and still part of the graph."""
     logits = torch.zeros(0, E, requires_grad=True)
-    losses = [balance_loss(logits, torch.zeros(E)), z_loss(logits), entropy_loss(logits)]
+    of = means(logits, logits)
+    losses = [balance_loss(of.probs, torch.zeros(E)), of.z, of.entropy]
     sum(losses).backward()
     assert [v.item() for v in losses] == [0, 0, 0] and logits.grad.shape == (0, E)

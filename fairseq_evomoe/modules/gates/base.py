@@ -112,7 +112,7 @@ class Gate(nn.Module):
 
     def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
         """The balance loss of a plan, scalar; `load` (E,), of one or of all workers."""
-        return losses.balance_of_means(plan.sums.probs / max(1, len(plan.probs)), load)
+        return losses.balance_loss(plan.means.probs, load)
 
     def idle(self, clock: Clock) -> Sequence[nn.Parameter]:
         """Parameters that play no part at this time; DDP wants a gradient for them all the same."""
@@ -183,7 +183,8 @@ class ScoreGate(Gate):
 
     def scores(self, logits: Tensor) -> Tensor:
         """What experts are chosen by, (T, E): the logits, with the balancing bias where on."""
-        return logits if self.bias is None else logits + self.bias
+        bias = self.bias
+        return logits if bias is None else logits + bias
 
     @property
     def wants_sums(self) -> bool:

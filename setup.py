@@ -1,7 +1,7 @@
 """Packaging: metadata, and the mapping of the top-level folders into the package.
 
 `kernels/` and `criterions/` stand beside `fairseq_evomoe/` in the source tree and are installed
-inside it. No folder here may become a top-level package: `kernels` is another project's name.
+inside it. No folder here may become a top-level package, since another project is named `kernels`.
 """
 
 from pathlib import Path
@@ -32,6 +32,10 @@ setup(
         "fairseq_evomoe.compat",
         "fairseq_evomoe.criterions",
         "fairseq_evomoe.kernels",
+        "fairseq_evomoe.kernels.experts",
+        "fairseq_evomoe.kernels.gate",
+        "fairseq_evomoe.kernels.lookup",
+        "fairseq_evomoe.memory",
         "fairseq_evomoe.models",
         "fairseq_evomoe.modules",
         "fairseq_evomoe.modules.gates",
@@ -39,9 +43,9 @@ setup(
         "fairseq_evomoe.tasks",
         "fairseq_evomoe.tools",
     ],
-    package_data={"fairseq_evomoe": ["py.typed"], "fairseq_evomoe.kernels": ["csrc/*"]},
+    package_data={"fairseq_evomoe": ["py.typed"], "fairseq_evomoe.kernels.lookup": ["csrc/*"]},
     install_requires=[
-        # the name under which fairseq's main branch, able to import on Python 3.11, is published
+        # fairseq's main branch, which imports on Python 3.11, is published under this name
         "fairseq-fixed==0.12.3.1",
         "numpy>=1.26",
         "sacrebleu>=2.4",

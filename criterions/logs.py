@@ -1,4 +1,4 @@
-"""Logging outputs of several batches and workers as one."""
+"""Sums of logging outputs over batches and workers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,5 +8,5 @@ from torch import Tensor
 
 
 def summed(logs: Sequence[Mapping[str, Any]], key: str) -> Tensor:
-    """The sum over all logs of a value, a number or a tensor, in float64 on the CPU."""
+    """Sum the value of `key`, a number or a tensor, over all logs, in float64 on the CPU."""
     return torch.stack([torch.as_tensor(log[key]).double().cpu() for log in logs]).sum(0)

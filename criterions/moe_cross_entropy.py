@@ -18,4 +18,4 @@ class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
 class MoECrossEntropyCriterion(RoutingMixin, CrossEntropyCriterion):
-    """Cross entropy; `loss` in the logs is the task's, as for a dense model."""
+    """Cross entropy. In the logs, `loss` is the task loss alone, as for a dense model."""

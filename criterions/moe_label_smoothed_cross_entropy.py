@@ -1,4 +1,4 @@
-"""`--criterion moe_label_smoothed_cross_entropy`: translation's loss plus the routing losses."""
+"""`--criterion moe_label_smoothed_cross_entropy`: translation loss plus the routing losses."""
 
 from dataclasses import dataclass
 
@@ -18,4 +18,4 @@ class MoELabelSmoothedConfig(RoutingLossConfig, LabelSmoothedCrossEntropyCriteri
 
 @register_criterion("moe_label_smoothed_cross_entropy", dataclass=MoELabelSmoothedConfig)
 class MoELabelSmoothedCrossEntropyCriterion(RoutingMixin, LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed cross entropy; `loss` in the logs is the task's, as for a dense model."""
+    """Label-smoothed cross entropy. In the logs, `loss` is the task loss, as for a dense model."""

@@ -15,4 +15,4 @@ class MoEMaskedLMConfig(RoutingLossConfig, MaskedLmConfig):
 
 @register_criterion("moe_masked_lm", dataclass=MoEMaskedLMConfig)
 class MoEMaskedLMCriterion(RoutingMixin, MaskedLmLoss):
-    """Cross entropy of the masked tokens; `loss` in the logs is the task's alone."""
+    """Cross entropy of the masked tokens. In the logs, `loss` is the task loss alone."""

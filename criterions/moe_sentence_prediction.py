@@ -1,4 +1,4 @@
-"""`--criterion moe_sentence_prediction`: fine-tuning a classifier, plus the routing losses."""
+"""`--criterion moe_sentence_prediction`: loss of a classifier plus the routing losses."""
 
 from dataclasses import dataclass
 
@@ -18,4 +18,4 @@ class MoESentencePredictionConfig(RoutingLossConfig, SentencePredictionConfig):
 
 @register_criterion("moe_sentence_prediction", dataclass=MoESentencePredictionConfig)
 class MoESentencePredictionCriterion(RoutingMixin, SentencePredictionCriterion):
-    """Cross entropy (or squared error) of labels; `loss` in the logs is the task's alone."""
+    """Cross entropy (or squared error) of labels. In the logs, `loss` is the task loss alone."""

@@ -1,51 +1,52 @@
-"""Routing records -> loss terms -> logging outputs -> metrics. Every metric key is named here.
+"""Routing records -> loss terms -> logging outputs -> metrics. Every metric key is defined here.
 
 Letters: R MoE layers, E experts.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.constants import StrEnum
 from fairseq.logging import metrics
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_evomoe.compat.running import DETAIL
-from fairseq_evomoe.criterions.bucket_metrics import count, log_buckets
 from fairseq_evomoe.criterions.logs import summed
-from fairseq_evomoe.modules.buckets import counting
-from fairseq_evomoe.modules.records import LOSSES, RecordingLayer, recording
+from fairseq_evomoe.criterions.table_metrics import count_rows, log_rows
+from fairseq_evomoe.memory.usage import counting_rows
+from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
+from fairseq_evomoe.modules.records import LOSSES, RoutingLog, RoutingRecord, recording
+from fairseq_evomoe.options import option
 from fairseq_evomoe.schedule import Stage
 
-_FLAGS = (
-    "--moe-gate-loss-wt",
-    "--moe-z-loss-wt",
-    "--moe-entropy-loss-wt",
-    "--moe-distill-loss-wt",
-)
+
+class LayerLosses(StrEnum):
+    """Values of `--moe-gate-loss-combine-method`."""
+
+    sum = "sum"
+    average = "average"
 
 
 @dataclass
 class RoutingLossConfig(FairseqDataclass):
-    """Weights of the routing losses: a part of every MoE criterion's configuration."""
+    """Weights of the routing losses. It is part of every MoE criterion's configuration."""
 
-    moe_gate_loss_wt: float = field(
-        default=0.01, metadata={"help": "weight of the load-balance loss"}
+    moe_gate_loss_wt: float = option(0.01, "weight of the load-balance loss")
+    moe_z_loss_wt: float = option(0.0, "weight of the router z-loss; 0.001 is usual")
+    moe_entropy_loss_wt: float = option(
+        0.0, "weight of the gate's entropy; above 0 it pushes tokens to fewer experts"
     )
-    moe_z_loss_wt: float = field(
-        default=0.0, metadata={"help": "weight of the router z-loss; 0.001 is usual"}
+    stable_distill_loss_wt: float = option(
+        0.3,
+        "weight of the loss that distils StableMoE's word router",
+        old_name="--moe-distill-loss-wt",
     )
-    moe_entropy_loss_wt: float = field(
-        default=0.0, metadata={"help": "weight of the gate's entropy; > 0 pushes to fewer experts"}
-    )
-    moe_distill_loss_wt: float = field(
-        default=0.3, metadata={"help": "weight of StableMoE's distillation of its word router"}
-    )
-    moe_gate_loss_combine_method: str = field(
-        default="sum", metadata={"help": "combine the layers' routing losses: sum or average"}
+    moe_gate_loss_combine_method: LayerLosses = option(
+        "sum", "combine the routing losses of the layers: sum or average"
     )
 
 
@@ -56,118 +57,161 @@ class RoutingLosses:
         cfg: anything with the fields of `RoutingLossConfig`.
 
     Raises:
-        ValueError: a weight is negative or the method unknown; the message names the flag.
+        ValueError: a weight is negative or the method is unknown; the message names the flag.
     """
 
     def __init__(self, cfg: RoutingLossConfig) -> None:
         weights = {
-            "balance": cfg.moe_gate_loss_wt,
-            "z": cfg.moe_z_loss_wt,
-            "entropy": cfg.moe_entropy_loss_wt,
-            "distill": cfg.moe_distill_loss_wt,
+            "balance": ("--moe-gate-loss-wt", cfg.moe_gate_loss_wt),
+            "z": ("--moe-z-loss-wt", cfg.moe_z_loss_wt),
+            "entropy": ("--moe-entropy-loss-wt", cfg.moe_entropy_loss_wt),
+            "distill": ("--stable-distill-loss-wt", cfg.stable_distill_loss_wt),
         }
-        for flag, value in zip(_FLAGS, weights.values(), strict=True):
+        for flag, value in weights.values():
             if not value >= 0:
                 raise ValueError(f"{flag} {value}: a loss weight must be >= 0")
-        if cfg.moe_gate_loss_combine_method not in ("sum", "average"):
-            raise ValueError(
-                f"--moe-gate-loss-combine-method {cfg.moe_gate_loss_combine_method!r}: "
-                "choose sum or average"
-            )
-        self.weights = [weights[name] for name in LOSSES]
-        self.average = cfg.moe_gate_loss_combine_method == "average"
+        method = str(cfg.moe_gate_loss_combine_method)
+        if method not in ("sum", "average"):
+            raise ValueError(f"--moe-gate-loss-combine-method {method!r}: choose sum or average")
+        self.weights = [weights[name][1] for name in LOSSES]
+        self.average = method == "average"
 
     def trains(self, name: str) -> bool:
         """Whether the loss `name`, one of `LOSSES`, has a weight."""
         return self.weights[LOSSES.index(name)] > 0
 
     def add(
-        self, loss: Tensor, layers: Sequence[RecordingLayer], *, sample_size: Any, training: bool
+        self,
+        loss: Tensor,
+        log: RoutingLog,
+        layers: Sequence[EvoMoELayer],
+        *,
+        sample_size: Any,
+        training: bool,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss to optimise, and what to log of the routing.
+        """The loss to optimise, and what to log about the routing.
 
-        In training it is task + sample_size * sum_i w_i * loss_i, so that fairseq's division by the
-        sample size leaves the weights as given; in validation the task loss alone, so that the best
-        checkpoint is chosen by the task.
+        In training the loss is task + sample_size * sum_i w_i * loss_i, so that fairseq's division
+        by the sample size leaves the weights as given. In validation it is the task loss alone, so
+        that the best checkpoint is chosen by the task.
 
         Args:
             loss: the task loss, summed over the batch.
-            layers: MoE layers with their `record` of this batch.
+            log: what the layers recorded in this forward pass. A layer that was dropped
+                (`--encoder-layerdrop`) has no record and counts with zeros, and a layer that ran
+                several times counts with the mean of its losses.
+            layers: all MoE layers of the model, so that every worker logs the same keys.
             sample_size: what fairseq divides the loss by.
             training: whether the model trains.
 
         Returns:
             loss; logging outputs that may be summed over micro-batches and workers.
         """
-        records = [layer.record for layer in layers]
-        made = [r for r in records if r is not None]
-        if not made:
+        if not layers:
             return loss, {}
+        each = [_one_record(layer, log.of(layer.name), loss.device) for layer in layers]
+        losses = torch.stack([r.losses for r in each])
         if training:
-            # every layer has a port, run or dropped (--encoder-layerdrop): nothing stale is read
-            zeros = torch.zeros_like(made[0].losses)
-            values = torch.stack(
-                [
-                    layer.port.open(zeros if layer.record is None else layer.record.losses)
-                    for layer in layers
-                ]
-            )
-            combined = values.mean(0) if self.average else values.sum(0)
+            combined = losses.mean(0) if self.average else losses.sum(0)
             routing_loss = (combined * combined.new_tensor(self.weights)).sum()
             loss = loss + routing_loss.to(loss.dtype) * sample_size
 
         def stacked(name: str) -> Tensor:
-            empty = torch.zeros_like(getattr(made[0], name))
-            return torch.stack([empty if r is None else getattr(r, name) for r in records])
+            return torch.stack([getattr(r, name) for r in each])
 
+        ran = log.records
         return loss, {
-            "moe_losses": stacked("losses").sum(0) / len(made) * sample_size,
-            "moe_sample_size": sample_size,
+            "moe_losses": losses.detach().sum(0) / max(1, len({r.name for r in ran})) * sample_size,
+            "moe_sample_size": sample_size * (1 if ran else 0),
             "moe_tokens": stacked("tokens"),
             "moe_load": stacked("load"),
             "moe_entropy": stacked("entropy"),
             "moe_dropped": stacked("dropped"),
-            "moe_batches": 1,
-            "moe_stage": float(made[0].stage),
-            "moe_temperature": made[0].temperature,
+            "moe_batches": 1 if ran else 0,
+            "moe_stage": float(ran[0].stage) if ran else 0.0,
+            "moe_temperature": ran[0].temperature if ran else 0.0,
+            "moe_layer_batches": 1,
             "moe_layer_ids": torch.tensor([_layer_id(layer.name) for layer in layers]),
         }
 
 
+def _one_record(
+    layer: EvoMoELayer, records: Sequence[RoutingRecord], device: torch.device
+) -> RoutingRecord:
+    """A layer's records of one call as one: counts are added up, losses averaged."""
+    if len(records) == 1:
+        return records[0]
+    phase = layer.phase
+    zero = torch.zeros((), device=device)
+    load = torch.zeros(layer.cfg.moe_expert_count, device=device)
+    losses = torch.zeros(len(LOSSES), device=device)
+    return RoutingRecord(
+        name=layer.name,
+        stage=phase.stage,
+        temperature=phase.temperature,
+        tokens=sum((r.tokens for r in records), zero),
+        load=sum((r.load for r in records), load),
+        entropy=sum((r.entropy for r in records), zero),
+        dropped=sum((r.dropped for r in records), zero),
+        losses=sum((r.losses for r in records), losses) / max(1, len(records)),
+    )
+
+
+def refuse_compiled(model: nn.Module, layers: Sequence[EvoMoELayer], log: RoutingLog) -> None:
+    """Raise an error if layers left no record because torch.compile runs them."""
+    silent = [layer.name for layer in layers if not log.of(layer.name)]
+    compiled = any(
+        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
+        for m in model.modules()
+    )
+    if silent and compiled:
+        raise RuntimeError(
+            "torch.compile: routing losses and metrics do not pass through a compiled MoE layer "
+            f"({', '.join(silent)}); compile for inference, or train with a criterion of fairseq's "
+            "own"
+        )
+
+
 class RoutingMixin:
-    """Adds the routing losses and metrics to a fairseq criterion; stands before it in the bases."""
+    """Adds routing losses and metrics to a fairseq criterion; list it first among the bases."""
 
     routing: RoutingLosses
 
     @classmethod
-    def build_criterion(cls, cfg, task):
+    def build_criterion(cls, cfg: Any, task: Any) -> Any:
         criterion = super().build_criterion(cfg, task)
         criterion.routing = RoutingLosses(cfg)
         return criterion
 
-    def forward(self, model, sample, reduce=True):
-        with recording(model) as layers, counting(model) as look_ups:
-            loss, sample_size, log = super().forward(model, sample, reduce)
-            log.update(count(look_ups))
-            if reduce:
-                loss, routing = self.routing.add(
-                    loss, layers, sample_size=sample_size, training=model.training
-                )
-                log.update(routing)
-        return loss, sample_size, log
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
+        with recording() as log, counting_rows() as counts:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        layers = [layer for _, layer in moe_layers(model)]
+        refuse_compiled(model, layers, log)
+        if not model.training:
+            logging_output.update(count_rows(model, counts))
+        if reduce:
+            loss, routing = self.routing.add(
+                loss, log, layers, sample_size=sample_size, training=model.training
+            )
+            logging_output.update(routing)
+        return loss, sample_size, logging_output
 
     @classmethod
-    def reduce_metrics(cls, logging_outputs) -> None:
+    def reduce_metrics(cls, logging_outputs: Any) -> None:
         super().reduce_metrics(logging_outputs)
         log_routing(logging_outputs)
-        log_buckets(logging_outputs)
+        log_rows(logging_outputs)
 
 
 _SIDES = ("encoder", "decoder")
 
 
 def _layer_id(name: str) -> int:
-    """ "encoder.3" -> 3, "decoder.3" -> 1003: names travel as numbers, workers exchange tensors."""
+    """Encode a layer name as a number, since workers exchange tensors.
+
+    "encoder.3" becomes 3 and "decoder.3" becomes 1003.
+    """
     side, index = name.split(".")
     return 1000 * _SIDES.index(side) + int(index)
 
@@ -221,13 +265,13 @@ def log_routing(logs: Sequence[Mapping[str, Any]]) -> None:
     if dropped:
         _log("moe_overflow", dropped / pairs.sum(), float(tokens.sum()), priority=48)
     experts = load.size(1)
-    share = load / pairs[:, None].clamp(min=1)
+    fraction = load / pairs[:, None].clamp(min=1)
     weight = float(tokens.sum())
     _log("moe_gate_entropy", total("moe_entropy").sum() / tokens.sum(), weight, priority=45)
-    _log("moe_load_max_mean", share.max() * experts, weight, priority=46)
-    _log("moe_dead_experts", (share < 1 / (10 * experts)).double().mean(), weight, priority=47)
-    ids = (total("moe_layer_ids") / batches).tolist()
-    for number, row in zip(ids, share.tolist(), strict=True):
+    _log("moe_load_max_mean", fraction.max() * experts, weight, priority=46)
+    _log("moe_dead_experts", (fraction < 1 / (10 * experts)).double().mean(), weight, priority=47)
+    ids = (total("moe_layer_ids") / total("moe_layer_batches")).tolist()
+    for number, row in zip(ids, fraction.tolist(), strict=True):
         for e, value in enumerate(row):
             key = f"{DETAIL}{_layer_name(number)}/e{e}"
             metrics.log_scalar(key, value, weight, priority=900, round=4)

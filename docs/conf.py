@@ -1,4 +1,7 @@
-"""The site of these pages: `sphinx-build -W -c docs . work/site`, from the checkout's root."""
+"""Sphinx configuration of the documentation site.
+
+To build it, run `sphinx-build -W -c docs . work/site` in the checkout's root.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 project = "fairseq_evomoe"
 root_doc = "docs/index"
-# the pages stand where they are read on any code host, too
+# the pages stay in the folders where a code host shows them
 include_patterns = ["README.md", "CHANGELOG.md", "docs/*.md", "recipes/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
@@ -21,7 +24,7 @@ default_role = "code"
 
 
 def setup(app):
-    """Norms |z| in docstrings are no substitutions of reStructuredText."""
+    """Escape | in docstrings, so that norms |z| do not become reStructuredText substitutions."""
 
     def escape(app, what, name, obj, options, lines):
         lines[:] = [line.replace("|", "\\|") for line in lines]

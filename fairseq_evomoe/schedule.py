@@ -1,7 +1,7 @@
-"""Time: which stage an update belongs to and how warm the gate is, as pure functions of `n`.
+"""The training schedule: stage and gate temperature of an update, as pure functions of `n`.
 
-`n` counts finished updates. `spawn`: the base expert splits. `anneal`: updates that the temperature
-takes to fall. `hard`: from here the final sparse rule holds.
+`n` is the number of finished updates. The base expert splits at update `spawn`. The temperature
+falls over the `anneal` updates after it. From update `hard` on, the final sparse rule applies.
 """
 
 import math
@@ -15,22 +15,23 @@ class Stage(IntEnum):
     DIVERSIFY = 0
     """Only the base expert runs."""
     SPARSIFY = 1
-    """All experts exist; the gate passes from dense to sparse."""
+    """All experts exist, and the gate changes from dense to sparse."""
     HARD = 2
-    """The last rule holds: top-k experts of the DTS gate, the frozen router of StableMoE."""
+    """The final rule applies: top-k experts with the DTS gate, the frozen router with StableMoE."""
 
 
 SHAPES = ("linear", "exponential", "cosine")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvolutionSchedule:
     """When the stages change and how the temperature falls between them.
 
     Attributes:
-        spawn: update at which the base expert splits; 0: all experts exist from the start.
-        anneal: updates from `spawn` over which the temperature falls.
-        hard: update from which the top-k rule holds; None: never.
+        spawn: update at which the base expert splits; 0 means that all experts exist from the
+            start.
+        anneal: number of updates after `spawn` over which the temperature falls.
+        hard: update from which the final rule applies; None means never.
         start, end: temperature before and after annealing.
         shape: one of `SHAPES`.
     """
@@ -50,10 +51,11 @@ class EvolutionSchedule:
         return Stage.SPARSIFY
 
     def temperature(self, n: int) -> float:
-        """`start` until the spawn, `end` after the annealing, in between by `shape`.
+        """Return `start` until the split, `end` after annealing, and a value by `shape` in between.
 
-        With u in [0, 1] the share of the annealing that is over: linear start + u (end - start);
-        exponential start (end / start)^u; cosine end + (start - end) (1 + cos(pi u)) / 2.
+        Let u in [0, 1] be the fraction of the annealing that is over. Then linear is
+        start + u (end - start), exponential is start (end / start)^u, and cosine is
+        end + (start - end) (1 + cos(pi u)) / 2.
         """
         if n <= self.spawn:
             return self.start
@@ -66,51 +68,62 @@ class EvolutionSchedule:
             return self.start * (self.end / self.start) ** u
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * u)) / 2
 
-    def warmth(self, n: int) -> float:
-        """How far the temperature is above its end, from 1 (`start`) to 0 (`end`)."""
+    def anneal_left(self, n: int) -> float:
+        """Return how far the temperature is above its end, from 1 (`start`) to 0 (`end`).
+
+        If `start` and `end` are equal, it is 1 until annealing is over and 0 from then on.
+        """
         if self.start == self.end:
             return float(n < self.spawn + self.anneal)
         return (self.temperature(n) - self.end) / (self.start - self.end)
 
 
-def resolve(
+def resolve_schedule(
     *,
-    spawn: int,
-    anneal: int,
-    hard: int,
+    spawn: int | None,
+    anneal: int | None,
+    hard: int | None,
     max_update: int,
     start: float = 1.0,
     end: float = 1.0,
     shape: str = "linear",
+    has_hard_stage: bool = True,
     hard_flag: str = "--dts-hard-update",
+    hard_follows_anneal: bool = True,
 ) -> EvolutionSchedule:
-    """Check the schedule's flags and fill in those left to follow `--max-update`.
+    """Check the schedule's flags and compute those that follow `--max-update` by default.
 
     Args:
-        spawn: `--evo-spawn-update`; -1: a twentieth of max_update.
-        anneal: `--dts-anneal-updates`; -1: a tenth of max_update.
-        hard: `--dts-hard-update`, -1: when the annealing ends; or `--stable-freeze-update`, -1: a
-            tenth of max_update after the split; 0: never.
-        max_update: `--max-update`; 0: unknown.
-        start, end, shape: `--dts-temperature-start`, `-end`, `-schedule`.
-        hard_flag: which of the two flags `hard` is.
+        spawn: value of `--evo-spawn-update`; None means a twentieth of max_update.
+        anneal: value of `--dts-anneal-updates`; None means a tenth of max_update.
+        hard: update of the hard stage, the value of `hard_flag`. None means the end of annealing
+            if it follows that, otherwise a tenth of max_update after the split.
+        max_update: value of `--max-update`; 0 means unknown.
+        start, end, shape: values of `--dts-temperature-start`, `-end` and `-schedule`.
+        has_hard_stage: whether the gate has one.
+        hard_flag: the flag that `hard` comes from.
+        hard_follows_anneal: see `hard`.
 
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
     """
-    stable = hard_flag == "--stable-freeze-update"
-    if max_update <= 0 and (spawn == -1 or anneal == -1 or (stable and hard == -1)):
+    follows = spawn is None or anneal is None or (hard is None and not hard_follows_anneal)
+    if max_update <= 0 and follows:
         raise ValueError(
             "--evo-spawn-update, --dts-anneal-updates and --stable-freeze-update follow "
-            "--max-update when they are -1, but --max-update is not set: set it, or give them a "
-            "number of updates"
+            "--max-update by default, but --max-update is not set: set it, or give them a number "
+            "of updates"
         )
+    spawn = max_update // 20 if spawn is None else spawn
+    anneal = max_update // 10 if anneal is None else anneal
     for flag, updates in (("--evo-spawn-update", spawn), ("--dts-anneal-updates", anneal)):
-        if updates < -1:
-            raise ValueError(f"{flag} {updates}: give a number of updates >= 0, or -1 (automatic)")
-    for flag, warm in (("--dts-temperature-start", start), ("--dts-temperature-end", end)):
-        if not warm > 0 or math.isinf(warm):
-            raise ValueError(f"{flag} {warm}: a softmax temperature must be a number > 0")
+        if updates < 0:
+            raise ValueError(
+                f"{flag} {updates}: give a number of updates >= 0, or leave the flag out"
+            )
+    for flag, value in (("--dts-temperature-start", start), ("--dts-temperature-end", end)):
+        if not value > 0 or math.isinf(value):
+            raise ValueError(f"{flag} {value}: a softmax temperature must be a number > 0")
     if end > start:
         raise ValueError(
             f"--dts-temperature-end {end} is above --dts-temperature-start {start}: the gate would "
@@ -118,18 +131,20 @@ def resolve(
         )
     if shape not in SHAPES:
         raise ValueError(f"--dts-temperature-schedule {shape!r}: choose one of {', '.join(SHAPES)}")
-    spawn = max_update // 20 if spawn == -1 else spawn
-    anneal = max_update // 10 if anneal == -1 else anneal
     if 0 < max_update <= spawn:
         raise ValueError(
             f"--evo-spawn-update {spawn} lies beyond --max-update {max_update}: the experts would "
             "never split; lower it, or train a dense model"
         )
-    if hard < -1 or 0 < hard < spawn:
+    if not has_hard_stage:
+        hard = None
+    elif hard is None:
+        hard = spawn + (anneal if hard_follows_anneal else max_update // 10)
+    elif hard < spawn:
         raise ValueError(
             f"{hard_flag} {hard} comes before the split at update {spawn}: give an update from "
-            "there on, -1 (automatic) or 0 (never)"
+            "there on, or leave the flag out"
         )
-    automatic = spawn + (max_update // 10 if stable else anneal)
-    resolved = {-1: automatic, 0: None}.get(hard, hard)
-    return EvolutionSchedule(spawn, anneal, resolved, start, end, shape)
+    return EvolutionSchedule(
+        spawn=spawn, anneal=anneal, hard=hard, start=start, end=end, shape=shape
+    )

@@ -1,24 +1,66 @@
 """Which implementation serves an op.
 
-``reference`` is the plain statement of the maths, ``torch`` the path built from library calls; they
-run on every device. ``native`` is C++ for CPUs and CUDA C++ for GPUs, ``triton`` serves CUDA
-devices. ``EVOMOE_BACKEND`` forces one of them for a process; unset means the fastest that can serve
-the call.
+``reference`` is the plain statement of the maths and ``torch`` the path built from library calls;
+both run on every device. ``native`` is C++ for CPUs and CUDA C++ for GPUs, and ``triton`` serves
+CUDA devices. By default the fastest implementation that can serve the call is chosen.
+
+``EVOMOE_BACKEND`` forces one of them for a process, and `use` for a block of code. A forced backend
+holds for every op that has it. An op that lacks it chooses automatically. An op that has it, but
+cannot serve the call with it, raises an error.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 
 BACKENDS = ("native", "triton", "torch", "reference")
+"""All backends, the fastest first."""
+
+# The environment is read once: reading it on every call would be a noticeable part of a look-up
+# of one row, which takes a few microseconds.
+_FROM_ENVIRONMENT = os.environ.get("EVOMOE_BACKEND", "")
+_FORCED: ContextVar[str] = ContextVar("forced", default=_FROM_ENVIRONMENT)
 
 
-def always() -> str:
-    """For an implementation that serves every call."""
+@torch.compiler.assume_constant_result
+def forced_backend() -> str:
+    """The backend that is forced here; "" means the package chooses."""
+    return _FORCED.get()
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force a backend within a `with` block; "" lets the package choose again.
+
+    The choice belongs to the current thread. It does not reach threads in which autograd runs the
+    backward pass of another device.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    _check(name)
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def _check(name: str) -> None:
+    if name and name not in BACKENDS:
+        raise ValueError(f"EVOMOE_BACKEND={name!r}: choose one of {', '.join(BACKENDS)}")
+
+
+def supported() -> str:
+    """The answer of an implementation that serves every call."""
     return ""
 
 
-def without_triton(device: str) -> str:
-    """Why Triton's kernels cannot serve a device of this type; "" where they can."""
+def triton_unsupported(device: str) -> str:
+    """Why Triton kernels cannot serve a device of this type; "" if they can."""
     if device != "cuda":
         return f"it runs on CUDA devices, not on {device}"
     try:
@@ -28,30 +70,28 @@ def without_triton(device: str) -> str:
     return ""
 
 
-forced = os.environ.get("EVOMOE_BACKEND", "")
-"""The backend to use, "" where the choice is ours. Read once: a look-up of one row takes 10 us."""
-
-
-def choose(**reason: Callable[[], str]) -> str:
-    """Name of the implementation to call, the fastest that can.
+def choose_backend(**unsupported: Callable[[], str]) -> str:
+    """Choose the implementation that serves a call.
 
     Args:
-        reason: backend name -> what says why it cannot serve this call, "" where it can. An op
-            lacks the backends that are not named.
+        unsupported: backend name -> function that says why this backend cannot serve the call, or
+            returns "". The op lacks every backend that is not named.
+
+    Returns:
+        The forced backend if the op has it, otherwise the fastest that can serve the call.
 
     Raises:
-        ValueError: ``EVOMOE_BACKEND`` names something unknown, or something that cannot serve.
+        ValueError: ``EVOMOE_BACKEND`` names an unknown backend, or one that the op has but that
+            cannot serve this call.
     """
-    if not forced:
-        for name in BACKENDS:
-            if name in reason and not reason[name]():
-                return name
-    if forced not in BACKENDS:
-        raise ValueError(f"EVOMOE_BACKEND={forced!r}: choose one of {', '.join(BACKENDS)}")
-    why = reason[forced]() if forced in reason else f"it has {', '.join(reason)}"
-    if why:
-        raise ValueError(
-            f"EVOMOE_BACKEND={forced!r} cannot serve this op: {why}. "
-            "Unset EVOMOE_BACKEND to let the package choose."
-        )
-    return forced
+    forced = forced_backend()
+    _check(forced)
+    if forced in unsupported:
+        reason = unsupported[forced]()
+        if reason:
+            raise ValueError(
+                f"EVOMOE_BACKEND={forced!r} cannot serve this op: {reason}. "
+                "Unset EVOMOE_BACKEND to let the package choose."
+            )
+        return forced
+    return next(n for n in BACKENDS if n in unsupported and not unsupported[n]())

@@ -1,9 +1,9 @@
-"""C++ and CUDA kernels: built on first use with the compiler at hand, kept, loaded once.
+"""Build and load the C++ and CUDA kernels.
 
-A build takes some seconds. For CPUs it needs torch 2.10 (its stable C++ interface) and g++ or
-another C++20 compiler, for GPUs nvcc. Where they are not to be had, callers fall back on Triton or
-torch, and one log line says why. `EVOMOE_CACHE` names another folder, `CXX` and `NVCC` another
-compiler.
+A kernel is built on first use, which takes some seconds, and the library is cached on disk. A build
+for CPUs needs torch 2.10 (for its stable C++ interface) and g++ or another C++20 compiler; a build
+for GPUs needs nvcc. If any of these is missing, callers fall back on Triton or torch, and one log
+line says why. `EVOMOE_CACHE` names another cache folder; `CXX` and `NVCC` name another compiler.
 """
 
 import functools
@@ -14,24 +14,24 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-w")
 CUDA_FLAGS = (
     *("-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC"),
     *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
-    # newer devices translate this when they load it
+    # PTX, which drivers compile at load time for newer devices
     *("-gencode", "arch=compute_90,code=compute_90"),
 )
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: EVOMOE_CACHE, or fairseq_evomoe in the user's cache folder."""
+    """Folder of the built libraries: EVOMOE_CACHE, or fairseq_evomoe in the user's cache folder."""
     chosen = os.environ.get("EVOMOE_CACHE")
     if chosen:
         return Path(chosen)
@@ -39,37 +39,39 @@ def cache_folder() -> Path:
     return Path(home) / "fairseq_evomoe"
 
 
-def _command(name: str) -> list[str]:
-    """The compiler's call, but for where the library goes."""
-    if (SOURCES / f"{name}.cu").exists():
+def _command(sources: Path, name: str) -> list[str]:
+    """Return the compiler's command line without the output file."""
+    if (sources / f"{name}.cu").exists():
         compiler = os.environ.get("NVCC") or shutil.which("nvcc")
         if not compiler:
-            raise RuntimeError("no nvcc on the PATH")
-        return [compiler, *CUDA_FLAGS, str(SOURCES / f"{name}.cu")]
+            raise RuntimeError("no nvcc on the PATH: install the CUDA toolkit or set NVCC")
+        return [compiler, *CUDA_FLAGS, str(sources / f"{name}.cu")]
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
-        raise RuntimeError("no C++ compiler (Debian: apt-get install g++)")
+        raise RuntimeError("no C++ compiler: install one (Debian: apt-get install g++) or set CXX")
     root = Path(torch.__file__).parent
-    command = [compiler, *FLAGS, f"-I{root / 'include'}", str(SOURCES / f"{name}.cpp")]
+    command = [compiler, *FLAGS, f"-I{root / 'include'}", str(sources / f"{name}.cpp")]
     return [*command, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def build(name: str) -> Path:
-    """The library of csrc/<name>.cpp or .cu; an earlier build of the same sources is taken as is.
+def build(sources: Path, name: str) -> Path:
+    """Return the path of the library of csrc/<name>.cpp or .cu, building it if necessary.
+
+    An earlier build of the same sources with the same command is used as it is.
 
     Raises:
-        RuntimeError: no compiler, or it failed; with its last words.
+        RuntimeError: if there is no compiler, or if it failed; the message ends with its output.
     """
-    command = _command(name)
-    told = [torch.__version__, platform.machine(), *command]
-    told += [p.read_text() for p in sorted(SOURCES.glob(f"{name}*"))]
-    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    command = _command(sources, name)
+    inputs = [torch.__version__, platform.machine(), *command]
+    inputs += [p.read_text() for p in sorted(sources.glob(f"{name}*"))]
+    key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     target = cache_folder() / f"{name}-{key}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    logger.info("building %s, once; it is kept in %s", name, target.parent)
-    # processes that build at the same time each make their own and the last one stays
+    logger.info("building %s (once); the library is cached in %s", name, target.parent)
+    # processes that build at the same time each build a copy, and the last one to finish stays
     handle, draft = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
     os.close(handle)
     try:
@@ -82,12 +84,29 @@ def build(name: str) -> Path:
     return target
 
 
+# a cached function does not keep two threads from running it at the same time
+_LOCK = threading.RLock()
+
+
+def load(sources: Path, name: str) -> str:
+    """Build csrc/<name>.cpp and load it into torch.ops.evomoe, once per process.
+
+    Args:
+        sources: folder of the sources.
+        name: of the file, without its ending.
+
+    Returns:
+        "" if the ops are available, otherwise the reason why they are not.
+    """
+    with _LOCK:
+        return _load(sources, name)
+
+
 @functools.cache
-def load(name: str) -> str:
-    """Build and load csrc/<name>.cpp into torch.ops.evomoe; why not, or "" when it is there."""
+def _load(sources: Path, name: str) -> str:
     try:
-        torch.ops.load_library(build(name))
-    except (OSError, RuntimeError) as e:
-        logger.info("%s is not to be had, torch serves instead: %s", name, e)
-        return str(e)
+        torch.ops.load_library(build(sources, name))
+    except (OSError, RuntimeError) as error:
+        logger.info("%s is unavailable, torch serves instead: %s", name, error)
+        return str(error)
     return ""

@@ -1,9 +1,9 @@
-"""Memory of large tensors on CPUs (Linux): large pages, and freed memory that stays at hand.
+"""Memory of large tensors on CPUs (Linux): large pages, and reuse of freed memory.
 
-Fresh memory comes in pages of 4 KiB, each with a page fault when it is first written: for the
-weight gradients of many experts that costs as much as some of the matrix products that fill them.
-Pages of 2 MiB have one fault in 512, and random reads find their address sooner. Memory that the
-process has had before has none.
+Fresh memory comes in pages of 4 KiB, and the first write to each of them causes a page fault. For
+the weight gradients of many experts the faults cost as much as some of the matrix products that
+fill them. With pages of 2 MiB there is one fault instead of 512, and the addresses of random reads
+are translated faster. Memory that the process has used before causes no faults.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from torch import Tensor
 
 _PAGE = 1 << 21
 _HUGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, since Linux 6.1
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_..., of mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt
 _MOST = 2**31 - 1
 
 
 def _libc(name: str, *types: Any) -> Any:
-    """A function of the C library; None where it has none of that name."""
+    """A function of the C library, or None if it has no function of that name."""
     if sys.platform != "linux":
         return None
     call = getattr(ctypes.CDLL(None), name, None)
@@ -37,30 +37,30 @@ def _madvise() -> Any:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed, for the whole process; whether it will.
+    """Have glibc keep freed memory for the whole process; return whether it accepted.
 
-    By itself it gives every block of over 32 MiB back to the system, so that each step of training
-    meets the gradients of all experts as fresh pages. Peak memory grows by up to a tenth, as kept
-    pieces do not always fit the next request. A choice of the user's (``MALLOC_...``,
-    ``GLIBC_TUNABLES``) stands.
+    By default glibc returns every block of more than 32 MiB to the system when it is freed, so that
+    in each training step the gradients of all experts lie in fresh pages. With this setting peak
+    memory grows by up to a tenth, because the kept blocks do not always fit the next request. If
+    the user has set ``MALLOC_...`` or malloc's ``GLIBC_TUNABLES``, nothing is changed.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False
     call = _libc("mallopt", ctypes.c_int, ctypes.c_int)
     if call is None or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    # older versions refuse the first; the second alone would only turn off their own adaptation
+    # older versions refuse the first setting; the second alone would only turn off adaptation
     return call(_MMAP_THRESHOLD, _MOST) == 1 and call(_TRIM_THRESHOLD, _MOST) == 1
 
 
 def large_pages(tensor: Tensor, *, now: bool = False) -> Tensor:
-    """The tensor itself; its memory shall come in large pages where the system offers them.
+    """Advise the system to back a tensor's memory with large pages, and return the tensor.
 
-    Advice that a system without them does not take; values stay as they are.
+    A system without large pages ignores the advice. The values do not change.
 
     Args:
-        tensor: any; only a CPU's of several MiB is touched.
-        now: memory that has been written already moves at once.
+        tensor: any tensor; only CPU tensors of several MiB are affected.
+        now: whether memory that has already been written moves to large pages at once.
     """
     size = tensor.numel() * tensor.element_size()
     if size < 2 * _PAGE or tensor.device.type != "cpu":

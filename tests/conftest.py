@@ -1,11 +1,15 @@
-"""Shared by all tests: one-thread determinism, poisoned memory, a toy corpus, the real commands."""
+"""Shared fixtures: one-thread determinism, poisoned memory, a toy corpus, the real commands."""
 
+import contextlib
+import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
+from importlib.metadata import entry_points
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,17 +19,24 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # read when Triton is imported, by whichever test comes first
+    # Triton reads this when it is first imported, by whichever test comes first
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests/kits"))
 USER_DIR = ROOT / "fairseq_evomoe"
 
 
+SLOW = {"cli", "models", "parallel", "recipes", "tasks", "tools"}
+"""Folders whose tests train models or run commands; single files elsewhere say so themselves."""
+
+
 def pytest_collection_modifyitems(items):
-    """`-m gpu` selects every test that runs on a GPU where there is one."""
+    """Mark slow tests, and every test that runs on a GPU if there is one (`-m gpu`)."""
     for item in items:
+        if SLOW & set(item.path.relative_to(ROOT / "tests").parts):
+            item.add_marker("slow")
         if hasattr(getattr(item, "module", None), "DEVICE"):
             item.add_marker("gpu")
 
@@ -39,7 +50,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """torch.empty yields NaN: an output cell that no kernel wrote makes the test fail."""
+    """Fill torch.empty with NaN, so that an output element that no kernel writes fails the test."""
 
     def poison(original):
         def wrapper(*args, **kwargs):
@@ -53,30 +64,116 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def force():
+    """Enter a context manager for the rest of the test, as in `force(backend.use("torch"))`."""
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context
+
+
+@pytest.fixture
 def triton_can(monkeypatch):
-    """Triton's kernels can serve: on a GPU where there is one, else by the interpreter."""
+    """Let Triton kernels run: on a GPU if there is one, otherwise in Triton's interpreter."""
     if DEVICE == "cpu":
         from fairseq_evomoe.kernels import backend
 
-        monkeypatch.setattr(backend, "without_triton", lambda device: "")
+        monkeypatch.setattr(backend, "triton_unsupported", lambda device: "")
 
 
 def run(*command, cwd=None, env=None, ok=True, timeout=600):
-    """Run a real command; its standard output and error together, in one string."""
-    done = subprocess.run(
-        [str(c) for c in command],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    if ok:
-        assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout[-6000:]}"
+    """Run a real command and return its standard output and error in one string.
+
+    A console script that `tool` names runs in a fork of this process, which saves it the seconds
+    that importing torch and fairseq takes. Any other command, and one that spawns workers, runs as
+    a process of its own.
+    """
+    command = [str(c) for c in command]
+    env = {"OMP_NUM_THREADS": "1", **(env or {})}
+    path = Path(command[0])
+    ours = path.parent == Path(sys.executable).parent and path.name in FORKED
+    if ours and "--distributed-world-size" not in command:
+        status, said = _fork(FORKED[path.name], command, cwd, env, timeout)
     else:
-        assert done.returncode != 0, f"{command} should have failed\n{done.stdout[-3000:]}"
-    return done.stdout
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        status, said = done.returncode, done.stdout
+    if ok:
+        assert status == 0, f"{command} exited {status}\n{said[-6000:]}"
+    else:
+        assert status != 0, f"{command} should have failed\n{said[-3000:]}"
+    return said
+
+
+FORKED = {
+    script.name: script
+    for script in entry_points(group="console_scripts")
+    # hydra's own start-up looks at the main module
+    if script.name.startswith(("fairseq-", "evomoe-")) and script.name != "fairseq-hydra-train"
+}
+"""Name of a console script -> its entry point."""
+
+
+def _fork(script, command, cwd, env, timeout):
+    """Call a console script's function in a fork; return its exit status and all it printed."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = torch.multiprocessing.get_context("fork").Process(
+            target=_call_script, args=(script, command, cwd, env, output.fileno())
+        )
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            output.seek(0)
+            raise AssertionError(f"{command} took over {timeout} s\n{output.read()[-6000:]}")
+        output.seek(0)
+        return process.exitcode, output.read()
+
+
+def _call_script(script, command, cwd, env, output):
+    """Be the process of a console script: streams, arguments, folder, logging, exit status."""
+    from fairseq import checkpoint_utils
+    from fairseq.logging import metrics
+
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+    sys.argv = command
+    os.environ.update(env)
+    os.chdir(cwd or ".")
+    # what an earlier call of this process left behind, and what pytest put in place
+    root = logging.getLogger()
+    root.handlers.clear()
+    root.setLevel(logging.WARNING)
+    metrics.reset()
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    status = 1
+    try:
+        main = script.load()
+        # fairseq's commands configure logging when they are imported
+        importlib.reload(sys.modules[script.module])
+        main = getattr(sys.modules[script.module], main.__name__)
+        status = main() or 0
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+        status = status or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for child in torch.multiprocessing.active_children():
+            child.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def tool(name):
@@ -86,7 +183,7 @@ def tool(name):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A binarised toy corpus, word level, from the real fairseq-preprocess; its folder."""
+    """Folder of a word-level toy corpus, binarised by the real fairseq-preprocess."""
     from recipes.quickstart import grammar
 
     folder = tmp_path_factory.mktemp("toy")
@@ -133,7 +230,7 @@ FAMILIES = {
 
 
 def train_args(toy, save_dir, *extra, family="translation"):
-    """fairseq-train on the toy corpus with a tiny model; later flags win."""
+    """Arguments of fairseq-train for a tiny model on the toy corpus, which later flags override."""
     return [
         str(a)
         for a in (
@@ -149,7 +246,7 @@ def train_args(toy, save_dir, *extra, family="translation"):
 
 
 class _Rows(logging.Handler):
-    """Collects the JSON lines of one kind: `train_inner`, one an update, or `valid`."""
+    """Collects the JSON lines of one kind: `train_inner` (one line per update) or `valid`."""
 
     def __init__(self, kind):
         super().__init__()
@@ -163,7 +260,7 @@ class _Rows(logging.Handler):
 
 
 def train(*args, kind="train_inner"):
-    """The real fairseq-train in this process; the lines of one kind that it logged, as numbers."""
+    """Run the real fairseq-train in this process; return its log lines of one kind as numbers."""
     from fairseq.logging import progress_bar
     from fairseq_cli.train import cli_main
 
@@ -193,9 +290,9 @@ def _worker(rank, workers, port, args, lines):
 
 
 def train_workers(workers, *args):
-    """The real fairseq-train in `workers` processes, as torchrun starts them; the first's lines.
+    """Run the real fairseq-train in `workers` processes, as torchrun does; return rank 0's lines.
 
-    They are forks of this process, which spares each the seconds in which fairseq is imported.
+    The processes are forks of this one, so that none of them spends seconds on importing fairseq.
     """
     from fairseq_evomoe.compat.running import free_port
 
@@ -222,7 +319,7 @@ def train_workers(workers, *args):
 
 
 def build(toy, *extra, family="translation"):
-    """(config, task, model) from the real command line, on the toy corpus."""
+    """Build (config, task, model) from the real command line, on the toy corpus."""
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 

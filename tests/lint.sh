@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and types: ruff over the tree, mypy over the installed layout (a wheel), where imports resolve.
+# Checks style and types. ruff checks the tree; mypy checks a copy in the layout of a wheel, where imports resolve.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Sets everything up from nothing and runs all checks: style, types, tests. Further words go to pytest.
+# Sets up the environment from scratch and runs all checks: style, types and tests. With --quick, it leaves out the tests that
+# train models, run commands or compile. All other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=dev,docs,hub,langid,plots,tensorboard . recipes/environment.sh
+quick=()
+if [ "${1:-}" = --quick ]; then
+    quick=(-m "not slow")
+    shift
+fi
+extras=dev,docs,hub,langid,plots,tensorboard . recipes/lib/environment.sh
 bash tests/lint.sh
-# one process a core; a test file stays in one process, which then shares its trained models
-OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile "$@"
+# one process per core; all tests of a file run in one process, so that they share its trained models
+OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile ${quick[@]+"${quick[@]}"} "$@"

@@ -1,23 +1,26 @@
-"""compat/: each mend cures its fault, and nothing more than that."""
+"""compat/: each patch of fairseq fixes its fault and changes nothing else."""
 
 import argparse
 import pickle
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from fairseq import options
 from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 
 from fairseq_evomoe import compat
+from fairseq_evomoe.compat.patching import PATCHES
 
 
 class Evil:
-    """Unpickling it would run code."""
+    """An object that would run code when unpickled."""
 
     def __reduce__(self):
         return (print, ("run",))
@@ -50,7 +53,7 @@ def test_no_sentence_is_lost(n, multiple):
 
 
 def test_progress_bar_hides_details_that_json_keeps(caplog):
-    """One number per layer and expert stays out of a line for people, not of one for programs."""
+    """Numbers per layer and expert are left out of the progress bar but kept in JSON lines."""
     stats = {"loss": 1.5, "moe_load/encoder.1/e0": 0.25, "train_moe_load/encoder.1/e0": 0.25}
     simple = progress_bar.SimpleProgressBar(range(3))
     assert list(simple._format_stats(stats)) == ["loss"]
@@ -58,22 +61,23 @@ def test_progress_bar_hides_details_that_json_keeps(caplog):
 
 
 def test_mending_twice_changes_nothing():
-    """A second import of the plugin (spawned workers, hydra) wraps nothing again."""
+    """Patching again, as a second import does (spawned workers, hydra), wraps nothing twice."""
     before = (options.parse_args_and_arch, data_utils.batch_by_size)
-    compat.mend()
+    compat.apply_patches()
     assert (options.parse_args_and_arch, data_utils.batch_by_size) == before
 
 
 def test_a_set_whose_samples_are_all_too_long_says_so():
-    """Not an IndexError in fairseq."""
+    """An empty set raises an error that names the flags, instead of an IndexError in fairseq."""
     with pytest.raises(ValueError, match="no sample is left.*--max-tokens"):
         data_utils.batch_by_size(
             np.arange(0), num_tokens_fn=lambda i: 1, max_tokens=10, required_batch_size_multiple=8
         )
 
 
+@pytest.mark.slow
 def test_threads_that_load_batches_end_before_the_interpreter():
-    """One that waits for room in a full queue stops, without eating the rest of its source."""
+    """A thread that waits for room in a full queue stops and does not consume the whole source."""
     taken = []
 
     def source():
@@ -96,9 +100,18 @@ def test_threads_that_load_batches_end_before_the_interpreter():
     assert len(taken) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "level"), [("", "20"), ("logging.basicConfig(level=30)", "30")])
 def test_importing_leaves_no_debugging_output_on(before, level):
-    """fairseq alone sets every library's logger to debugging; a level of the user's stays."""
+    """fairseq alone would leave the root logger at DEBUG; it is at INFO, or as the user set it."""
     program = f"import logging\n{before}\nimport fairseq_evomoe\nprint(logging.getLogger().level)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split()[-1] == level, done.stderr
+
+
+@pytest.mark.parametrize("each", PATCHES, ids=lambda p: p.target)
+def test_every_patch_gives_its_reason_and_its_test(each):
+    """docs/compat.md can tell, for each patch, why it is there and which test shows it at work."""
+    assert each.reason.endswith(".") and len(each.reason.split()) > 4
+    assert (ROOT / each.test).is_file()
+    assert each.seen_in == version("fairseq-fixed")

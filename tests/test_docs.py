@@ -1,4 +1,4 @@
-"""README and docs: true to the code, no dead link."""
+"""README and docs agree with the code and contain no dead link."""
 
 import re
 import subprocess
@@ -6,6 +6,9 @@ import sys
 
 import pytest
 from conftest import ROOT, run, train, train_args
+
+pytestmark = pytest.mark.slow
+
 
 PAGES = [
     ROOT / "README.md",
@@ -15,20 +18,21 @@ PAGES = [
 IDS = [str(p.relative_to(ROOT)) for p in PAGES]
 
 
-def test_the_flags_page_is_the_code():
-    """docs/flags.md is what docs/make_flags.py makes of the dataclasses today."""
+def test_generated_pages_are_the_code():
+    """docs/flags.md and docs/compat.md equal what docs/make_pages.py generates today."""
     done = subprocess.run(
-        [sys.executable, ROOT / "docs/make_flags.py"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "docs/make_pages.py"], capture_output=True, text=True, check=True
     )
-    wanted = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
-    assert done.stdout.strip() == wanted.strip(), "run python docs/make_flags.py --write"
+    flags, compat = ((ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("flags", "compat"))
+    assert done.stdout == f"{flags}\n{compat}\n", "run python docs/make_pages.py --write"
     for flag in ("--moe-gate", "--memory-bits", "--evo-spawn-update", "--moe-gate-loss-wt"):
-        assert f"| `{flag}` |" in wanted
+        assert f"| `{flag}` |" in flags
+    assert "fairseq.trainer.Trainer.load_checkpoint" in compat
 
 
 @pytest.mark.parametrize("path", PAGES, ids=IDS)
 def test_links_lead_somewhere(path):
-    """Every relative link names a file that is there."""
+    """Every relative link names a file that exists."""
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
@@ -37,7 +41,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=IDS)
 def test_flags_in_the_text_exist(path):
-    """A flag of ours that a page names is one that the code has."""
+    """Every flag of this package that a page names exists in the code."""
     flags = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
     text = re.sub(r"(?s)^\| there \| here \|.*?\n\n", "", path.read_text(encoding="utf-8"))
     for flag in set(re.findall(r"(?<![\w-])--(?:moe|evo|dts|memory)-[a-z0-9-]*[a-z0-9]", text)):
@@ -50,7 +54,7 @@ def test_flags_in_the_text_exist(path):
 
 
 def test_every_metric_is_explained(toy, tmp_path):
-    """Each routing key that a run logs stands in docs/metrics.md."""
+    """docs/metrics.md explains each routing metric that a run logs."""
     text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     rows = train(*train_args(toy, tmp_path, "--max-update", 3, "--moe-z-loss-wt", 0.1))
     keys = {k.split("/")[0] for row in rows for k in row if k.startswith(("moe_", "memory_"))}
@@ -60,7 +64,7 @@ def test_every_metric_is_explained(toy, tmp_path):
 
 
 def test_commands_that_pages_name_are_installed():
-    """Every evomoe-... command in a page is one of setup.py's."""
+    """Every evomoe-... command that a page names is installed by setup.py."""
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     names = re.search(r"for name in \(([^)]*)\)", setup)[1]
     for path in PAGES:
@@ -69,12 +73,9 @@ def test_commands_that_pages_name_are_installed():
 
 
 def test_tables_are_what_the_rows_say():
-    """Each table of results in a page is what its script makes of benchmarks/results today."""
+    """Each table of results in a page equals what its script generates from benchmarks/results."""
     pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import evidence
-    import speed
-    import tables
+    from benchmarks.pages import evidence, speed, tables
 
     places = [*tables.places(), *evidence.places(), *speed.places()]
     assert len(places) >= 16
@@ -85,7 +86,7 @@ def test_tables_are_what_the_rows_say():
 
 
 def test_examples_in_python_run(toy, tmp_path):
-    """The blocks of docs/api.md, on a toy model: as they stand, one after another."""
+    """The Python blocks of docs/api.md run unchanged, one after another, on a toy model."""
     train(*train_args(toy, tmp_path / "checkpoints", "--moe-expert-count", 4))
     saved = tmp_path / "checkpoints/checkpoint_last.pt"
     saved.rename(saved.with_name("checkpoint_best.pt"))
@@ -99,7 +100,7 @@ def test_examples_in_python_run(toy, tmp_path):
 
 
 def test_the_site_builds(tmp_path):
-    """Sphinx makes the pages and the API of the docstrings without a warning; all are linked."""
+    """Sphinx builds all pages and the API reference without a warning, and the index links them."""
     pytest.importorskip("myst_parser")
     command = (sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs")
     run(*command, ROOT, tmp_path)

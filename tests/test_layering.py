@@ -1,52 +1,55 @@
-"""The house: one-way imports, no state in modules, files of readable size."""
+"""The structure of the code: one-way imports, no module-level state, files of readable size."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PACKAGE = "fairseq_evomoe"
+FLOORS = (
+    {"options", "config", "schedule", "old_names", "kernels"},
+    {"parallel"},
+    {"modules"},
+    {"memory"},
+    {"compat", "models", "criterions"},
+    {"tasks"},
+    {"tools"},
+)
+"""Files and folders of the package, from the lowest floor to the highest."""
+
+# what stands side by side and yet reads another: file or folder -> what it may read
+SIDEWAYS = {
+    "config": {"options"},
+    "old_names": {"config"},
+    "criterions": {"compat"},
+}
 FOLDERS = {
     "kernels": ROOT / "kernels",
     "criterions": ROOT / "criterions",
     **{
-        n: ROOT / PACKAGE / n for n in ("compat", "modules", "models", "parallel", "tasks", "tools")
+        path.name: path
+        for path in (ROOT / PACKAGE).iterdir()
+        if path.is_dir() and path.name != "__pycache__"
     },
-}
-LEAVES = {"config", "memory_config", "schedule"}
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "parallel": {"parallel", "compat"},
-    "modules": {"kernels", "parallel", "modules", "config", "memory_config", "schedule"},
-    "models": {"modules", "models", "config", "memory_config"},
-    "criterions": {"modules", "criterions", "compat", "schedule"},
-    "tasks": {"compat", "kernels", "modules", "parallel", "tasks", "config", "schedule"},
-    "tools": {
-        "parallel",
-        "kernels",
-        "models",
-        "modules",
-        "tools",
-        "config",
-        "memory_config",
-        "schedule",
-        "compat",
-    },
-    "config": set(),
-    "memory_config": {"config"},
-    "schedule": set(),
-    "compat": {"compat"},
 }
 FILES = [
-    *((n, p) for n, folder in FOLDERS.items() for p in sorted(folder.rglob("*.py"))),
-    *((n, ROOT / PACKAGE / f"{n}.py") for n in sorted(LEAVES)),
+    *((n, p) for n, folder in sorted(FOLDERS.items()) for p in sorted(folder.rglob("*.py"))),
+    *((p.stem, p) for p in sorted((ROOT / PACKAGE).glob("*.py")) if p.stem != "__init__"),
 ]
 IDS = [str(p.relative_to(ROOT)) for _, p in FILES]
 
 
+def module_name(path: Path) -> str:
+    """Name by which a file is imported, for example fairseq_evomoe.kernels.gate.rule."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def imported(path: Path) -> set[str]:
-    """Names of all modules that a file imports, nested imports too."""
+    """Names of all modules that a file imports, including imports inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,30 +60,49 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("floor, path", FILES, ids=IDS)
-def test_imports_run_one_way(floor, path):
-    """A floor imports only the floors below it."""
+def test_every_folder_has_a_floor():
+    """FLOORS names each file and folder of the package exactly once."""
+    named = [name for floor in FLOORS for name in floor]
+    assert sorted(named) == sorted({name for name, _ in FILES})
+
+
+@pytest.mark.parametrize("name, path", FILES, ids=IDS)
+def test_imports_run_one_way(name, path):
+    """A file imports only its own folder, the floors below it, and what SIDEWAYS allows."""
     ours = {n.split(".")[1] for n in imported(path) if n.startswith(f"{PACKAGE}.")}
-    assert ours <= MAY_IMPORT[floor] | ({floor} if path.name == "__init__.py" else set())
+    height = next(i for i, floor in enumerate(FLOORS) if name in floor)
+    assert ours <= {name}.union(SIDEWAYS.get(name, ()), *FLOORS[:height])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """The imports between files, those inside functions included, have no circle."""
+    files = {module_name(path): path for _, path in FILES}
+    imports = {}
+    for name, path in files.items():
+        # `from a.b import c` names the module a.b.c, or a name inside the module a.b
+        read = {n if n in files else n.rpartition(".")[0] for n in imported(path)}
+        imports[name] = (read & set(files)) - {name}
+    assert sum(map(len, imports.values())) > len(files), "the names are resolved to files"
+    TopologicalSorter(imports).prepare()
 
 
 @pytest.mark.parametrize("floor, path", FILES, ids=IDS)
 def test_kernels_know_nothing_of_fairseq(floor, path):
-    """kernels/ is tensors in, tensors out."""
+    """No file in kernels/ imports fairseq."""
     if floor == "kernels":
         assert not any(n.split(".")[0] == "fairseq" for n in imported(path))
 
 
 @pytest.mark.parametrize("floor, path", FILES, ids=IDS)
 def test_no_mutable_state_in_modules(floor, path):
-    """No `global`; nothing bound at module level is changed from inside a function."""
+    """No file has a `global` statement, so no function rebinds a module-level name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         assert not isinstance(node, ast.Global), f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("floor, path", FILES, ids=IDS)
 def test_files_fit_the_eye(floor, path):
-    """No file above 350 lines, and each opens with a docstring."""
+    """No file is longer than 350 lines, and each begins with a docstring."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 350
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
@@ -89,8 +111,6 @@ def test_files_fit_the_eye(floor, path):
 def test_every_module_is_packaged():
     """setup.py lists every folder that holds modules."""
     text = (ROOT / "setup.py").read_text()
-    for name, folder in FOLDERS.items():
-        for path in folder.rglob("*.py"):
-            inner = path.parent.relative_to(folder).parts
-            package = ".".join((PACKAGE, name, *inner))
-            assert f'"{package}"' in text, package
+    for _, path in FILES:
+        package = module_name(path.with_name("__init__.py"))
+        assert f'"{package}"' in text, package

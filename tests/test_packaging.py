@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run, train_args
 
+pytestmark = pytest.mark.slow
+
+
 LOAD = """
 import sys
 from argparse import Namespace
@@ -18,7 +21,7 @@ utils.import_user_module(Namespace(user_dir=sys.argv[1]))
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
-import fairseq_evomoe.kernels.grouped_ffn as k
+import fairseq_evomoe.kernels.experts.moe_ffn as k
 assert "translation_evomoe" in TASK_REGISTRY
 assert "transformer_evomoe_wmt_en_de" in ARCH_MODEL_REGISTRY
 assert "moe_label_smoothed_cross_entropy" in CRITERION_REGISTRY
@@ -28,14 +31,14 @@ print("loaded", k.__file__)
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what git tracks: what a fresh clone holds."""
+    """A copy of the files that git does not ignore, as a fresh clone would hold them."""
     folder = tmp_path_factory.mktemp("clone") / "repo"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     files = listed.stdout.split() if listed.returncode == 0 else []
     if not files:
-        pytest.skip("not a git checkout: nothing says which files belong to the project")
+        pytest.skip("not a git checkout, so the files of the project are unknown")
     for name in files:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A virtual environment with this one's packages, but not the plugin; its Python."""
+    """(Python, site-packages) of a virtual environment with all our packages but not the plugin."""
     home = tmp_path / "env"
     run(sys.executable, "-m", "venv", "--without-pip", home)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -53,7 +56,7 @@ def environment(tmp_path):
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if "evomoe" in entry.name or (packages / entry.name).exists():
             continue
-        if entry.name == "fairseq":  # looks for a user dir beside itself, so it must truly be there
+        if entry.name == "fairseq":  # copied, since fairseq looks for a user dir beside its files
             shutil.copytree(entry, packages / entry.name)
         else:
             (packages / entry.name).symlink_to(entry)
@@ -70,17 +73,18 @@ def install(python, *what):
 
 
 def test_bare_checkout(checkout, environment, tmp_path):
-    """Not installed at all: by relative path in the checkout, by absolute path from elsewhere."""
+    """The uninstalled plugin loads by relative path in the checkout, by absolute path elsewhere."""
     python, _ = environment
-    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/grouped_ffn.py"
+    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/experts/moe_ffn.py"
     assert (
-        load(python, checkout / "fairseq_evomoe", tmp_path) == checkout / "kernels/grouped_ffn.py"
+        load(python, checkout / "fairseq_evomoe", tmp_path)
+        == checkout / "kernels/experts/moe_ffn.py"
     )
 
 
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])
 def test_editable_install(checkout, environment, tmp_path, mode):
-    """pip install -e in each of setuptools' modes."""
+    """The plugin loads after pip install -e in each of setuptools' editable modes."""
     python, _ = environment
     copy = tmp_path / "repo"
     shutil.copytree(checkout, copy)
@@ -91,9 +95,11 @@ def test_editable_install(checkout, environment, tmp_path, mode):
 
 
 def test_wheel(checkout, environment, tmp_path, toy):
-    """`python -m build`: a wheel out of the source archive, which therefore lacks nothing. From it,
-    `--user-dir fairseq_evomoe` works in any folder, beside a clone too; a training run and a tool
-    outside the checkout."""
+    """The wheel that `python -m build` makes from the source archive works outside the checkout.
+
+    With it installed, `--user-dir fairseq_evomoe` works in any folder, also beside a clone, and so
+    do a training run and a tool. As the wheel comes from the archive, the archive lacks nothing.
+    """
     python, packages = environment
     copy = tmp_path / "repo"
     shutil.copytree(checkout, copy)
@@ -105,19 +111,25 @@ def test_wheel(checkout, environment, tmp_path, toy):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     inside = packages / "fairseq_evomoe"
-    assert load(python, "fairseq_evomoe", elsewhere) == inside / "kernels/grouped_ffn.py"
-    assert load(python, inside, elsewhere) == inside / "kernels/grouped_ffn.py"
-    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/grouped_ffn.py"
+    assert load(python, "fairseq_evomoe", elsewhere) == inside / "kernels/experts/moe_ffn.py"
+    assert load(python, inside, elsewhere) == inside / "kernels/experts/moe_ffn.py"
+    assert load(python, "fairseq_evomoe", checkout) == checkout / "kernels/experts/moe_ffn.py"
     top_level = {p.name for p in packages.iterdir() if not p.is_symlink()}
     assert "kernels" not in top_level and "criterions" not in top_level
     names = {p.relative_to(inside).as_posix() for p in inside.rglob("*.py")}
     sources = {
         p.relative_to(checkout / "fairseq_evomoe").as_posix()
         for p in (checkout / "fairseq_evomoe").rglob("*.py")
-    } | {f"{d}/{p.name}" for d in ("kernels", "criterions") for p in (checkout / d).glob("*.py")}
+    } | {
+        p.relative_to(checkout).as_posix()
+        for d in ("kernels", "criterions")
+        for p in (checkout / d).rglob("*.py")
+    }
     assert names == sources, "every module of the checkout is in the wheel"
-    inside_kernels = {p.name for p in (inside / "kernels/csrc").iterdir()}
-    assert inside_kernels == {p.name for p in (checkout / "kernels/csrc").iterdir()}
+    source = "kernels/lookup/csrc"
+    assert {p.name for p in (inside / source).iterdir()} == {
+        p.name for p in (checkout / source).iterdir()
+    }
     words = train_args(toy, elsewhere / "run", "--max-update", 2)
     words[words.index("--user-dir") + 1] = "fairseq_evomoe"
     run(python, "-m", "fairseq_cli.train", *words, cwd=elsewhere)
@@ -127,7 +139,7 @@ def test_wheel(checkout, environment, tmp_path, toy):
 
 
 def test_another_package_named_kernels_stays_importable(checkout, environment):
-    """fairseq puts the checkout first on the path; `import kernels` still finds the other one."""
+    """fairseq puts the checkout first on the path, yet `import kernels` finds the other package."""
     python, packages = environment
     (packages / "kernels").mkdir()
     (packages / "kernels/__init__.py").write_text("ORIGIN = 'theirs'\n")
@@ -137,7 +149,7 @@ def test_another_package_named_kernels_stays_importable(checkout, environment):
 
 
 def test_import_does_no_work(checkout, environment, tmp_path):
-    """Importing the plugin prints nothing of its own, writes nothing and starts no CUDA."""
+    """Importing the plugin prints nothing of its own, writes nothing and initialises no CUDA."""
     python, _ = environment
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import fairseq_evomoe, torch; "

@@ -1,13 +1,15 @@
-"""What fairseq needs to run on today's torch, each mend with its reason.
+"""Patches that fairseq needs to run on current versions of torch and with experts.
 
-A mend is applied only where its fault is present, touches one name in one fairseq module, and is
-safe to apply twice. Nothing here turns off torch's checks on what a checkpoint may contain.
+Each patch replaces one name in one of fairseq's modules, through the decorator `patching.patch`,
+and says why. Where its reason is absent it is not applied, and applying it twice changes nothing.
+No patch turns off torch's checks on what a checkpoint may contain. docs/compat.md lists them all.
 """
 
 import atexit
 import warnings
 
-from fairseq_evomoe.compat import batches, running, saving
+from fairseq_evomoe.compat import averages, batches, expert_parallel, running, saving
+from fairseq_evomoe.compat.patching import PATCHES
 
 _NOISE = (
     "deprecated keyword in package header",
@@ -18,21 +20,14 @@ _NOISE = (
     "'pin_memory' argument is set as true",
 )
 
+__all__ = ["apply_patches", "averages", "expert_parallel", "running"]
 
-def mend() -> None:
-    """Apply every mend. Called once, when the plugin is imported, before fairseq parses a flag."""
+
+def apply_patches() -> None:
+    """Apply every patch. The plugin calls this at import, before fairseq parses the flags."""
+    for each in PATCHES:
+        each.apply()
     saving.allow_config_classes_in_checkpoints()
-    saving.average_weights_alone()
-    saving.copy_checkpoints_whole()
-    saving.name_damaged_checkpoints()
-    batches.keep_last_batch()
-    batches.keep_numpy_compat()
-    batches.keep_place_in_epoch()
     atexit.register(batches.stop_loading_batches)
-    running.keep_bf16_off_tpu()
-    running.start_cpu_workers()
-    running.own_weight_decay()
-    running.find_nan_in_any_model()
-    running.shorten_progress_bar()
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=rf"(?s)\s*.*{text}")

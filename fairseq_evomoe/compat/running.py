@@ -1,153 +1,171 @@
-"""Mends of how fairseq starts, optimises and logs."""
+"""Patches for how fairseq starts, optimises and logs."""
 
 import argparse
 import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections import defaultdict
+from typing import Any
 
 import torch
 from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 
-from fairseq_evomoe.compat.wrapping import wrap
+from fairseq_evomoe.compat.patching import patch
+from fairseq_evomoe.old_names import warn_of_old_names
 
 logger = logging.getLogger(__name__)
 
 DETAIL = "moe_load/"
-"""Prefix of metrics that are too many for a progress bar; JSON logs and TensorBoard get them."""
+"""Prefix of metrics too numerous for a progress bar; JSON logs and TensorBoard still get them."""
 
 
-def keep_bf16_off_tpu() -> None:
-    """`--bf16` sets `--tpu`, and without torch_xla every run then dies on `xla_device`."""
-    if importlib.util.find_spec("torch_xla") is not None:
-        return
-
-    def make(original):
-        def parse_args_and_arch(*args, **kwargs):
-            parsed = original(*args, **kwargs)
-            for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
-                if getattr(namespace, "bf16", False) and isinstance(namespace, argparse.Namespace):
-                    namespace.tpu = False
-            return parsed
-
-        return parse_args_and_arch
-
-    wrap(options, "parse_args_and_arch", make)
+def _no_torch_xla() -> bool:
+    return importlib.util.find_spec("torch_xla") is None
 
 
-def start_cpu_workers() -> None:
-    """fairseq starts one worker a GPU: with `--cpu` none, and a run may train nothing, exit 0."""
+@patch(options, "parse_args_and_arch", test="tests/test_compat.py", needed=_no_torch_xla)
+def keep_bf16_off_tpu(original: Any) -> Any:
+    """Keep `--bf16` from setting `--tpu`.
 
-    def make(original):
-        def call_main(cfg, main, **kwargs):
-            flags = cfg.distributed_training
-            torchrun = all(
-                k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-            )
-            on_gpu = torch.cuda.is_available() and not cfg.common.cpu
-            if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
-                return original(cfg, main, **kwargs)
+    Without torch_xla every run with `--tpu` fails on `xla_device`. The patch is applied only if
+    torch_xla is not installed.
+    """
 
-            if flags.distributed_backend == "nccl":
-                flags.distributed_backend = "gloo"
-            if flags.ddp_backend in ("c10d", "pytorch_ddp"):
-                logger.info("CPU workers: --ddp-backend %s -> legacy_ddp", flags.ddp_backend)
-                flags.ddp_backend = "legacy_ddp"
-            if torchrun:
-                flags.distributed_init_method = "env://"
-                flags.distributed_world_size = int(os.environ["WORLD_SIZE"])
-                flags.distributed_rank = int(os.environ["RANK"])
-                flags.distributed_no_spawn = True
-                return distributed_utils.distributed_main(0, main, cfg, kwargs)
-            if flags.distributed_no_spawn:
-                return original(cfg, main, **kwargs)
-            if flags.distributed_init_method is None:
-                port = flags.distributed_port if flags.distributed_port > 0 else free_port()
-                flags.distributed_init_method = f"tcp://localhost:{port}"
-            flags.distributed_num_procs = flags.distributed_world_size
-            flags.distributed_rank = None
-            kwargs["start_rank"] = 0
-            torch.multiprocessing.spawn(
-                distributed_utils.distributed_main,
-                args=(main, cfg, kwargs),
-                nprocs=flags.distributed_world_size,
-                join=True,
-            )
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        parsed = original(*args, **kwargs)
+        for namespace in parsed if isinstance(parsed, tuple) else (parsed,):
+            if getattr(namespace, "bf16", False) and isinstance(namespace, argparse.Namespace):
+                namespace.tpu = False
+        return parsed
 
-        return call_main
+    return parse_args_and_arch
 
-    wrap(distributed_utils, "call_main", make)
+
+@patch(options, "parse_args_and_arch", test="tests/test_old_names.py")
+def say_old_names(original: Any) -> Any:
+    """Warn of flags that a command line gives by an old name."""
+
+    def parse_args_and_arch(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+        warn_of_old_names(sys.argv[1:] if input_args is None else map(str, input_args))
+        return original(parser, input_args, *args, **kwargs)
+
+    return parse_args_and_arch
+
+
+@patch(distributed_utils, "call_main", test="tests/cli/test_commands.py")
+def start_cpu_workers(original: Any) -> Any:
+    """Spawn the workers of a multi-worker run on CPUs.
+
+    fairseq spawns one worker per GPU. With `--cpu` it spawns none, so a multi-worker run can exit
+    with status 0 without training.
+    """
+
+    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        flags = cfg.distributed_training
+        torchrun = all(
+            k in os.environ for k in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+        )
+        on_gpu = torch.cuda.is_available() and not cfg.common.cpu
+        if on_gpu or (flags.distributed_world_size <= 1 and not torchrun):
+            return original(cfg, main, **kwargs)
+
+        if flags.distributed_backend == "nccl":
+            flags.distributed_backend = "gloo"
+        if flags.ddp_backend in ("c10d", "pytorch_ddp"):
+            logger.info("CPU workers: --ddp-backend %s -> legacy_ddp", flags.ddp_backend)
+            flags.ddp_backend = "legacy_ddp"
+        if torchrun:
+            flags.distributed_init_method = "env://"
+            flags.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            flags.distributed_rank = int(os.environ["RANK"])
+            flags.distributed_no_spawn = True
+            return distributed_utils.distributed_main(0, main, cfg, kwargs)
+        if flags.distributed_no_spawn:
+            return original(cfg, main, **kwargs)
+        if flags.distributed_init_method is None:
+            port = flags.distributed_port if flags.distributed_port > 0 else free_port()
+            flags.distributed_init_method = f"tcp://localhost:{port}"
+        flags.distributed_num_procs = flags.distributed_world_size
+        flags.distributed_rank = None
+        kwargs["start_rank"] = 0
+        torch.multiprocessing.spawn(
+            distributed_utils.distributed_main,
+            args=(main, cfg, kwargs),
+            nprocs=flags.distributed_world_size,
+            join=True,
+        )
+        return None
+
+    return call_main
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
 
 
-def own_weight_decay() -> None:
-    """A parameter's `optim_overrides` are heard by fairseq's composite optimizer alone.
+@patch(optim, "build_optimizer", test="tests/models/test_memoryformer.py")
+def own_weight_decay(original: Any) -> Any:
+    """Make every optimizer use the weight decay in a parameter's `optim_overrides`.
 
-    Here the weight decay in them is heeded by every optimizer: such parameters get a group of
-    their own. fp16 with flattened masters cannot, and decays all alike.
+    In fairseq only the composite optimizer reads `optim_overrides`. This patch puts parameters with
+    a weight decay of their own into separate parameter groups. Under fp16 with flattened masters
+    that is not possible, and all parameters have the same weight decay.
     """
 
-    def make(original):
-        def build_optimizer(cfg, params, *args, **kwargs):
-            optimizer = original(cfg, params, *args, **kwargs)
-            for group in list(getattr(optimizer, "param_groups", ())):
-                apart = defaultdict(list)
-                for p in group["params"]:
-                    own = (getattr(p, "optim_overrides", None) or {}).get("optimizer", {})
-                    apart[own.get("weight_decay", group.get("weight_decay"))].append(p)
-                group["params"] = apart.pop(group.get("weight_decay"), [])
-                options = {k: v for k, v in group.items() if k != "params"}
-                for decay, mine in apart.items():
-                    optimizer.optimizer.add_param_group(
-                        {**options, "weight_decay": decay, "params": mine}
-                    )
-            return optimizer
+    def build_optimizer(cfg: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = original(cfg, params, *args, **kwargs)
+        for group in list(getattr(optimizer, "param_groups", ())):
+            apart = defaultdict(list)
+            for p in group["params"]:
+                own = (getattr(p, "optim_overrides", None) or {}).get("optimizer", {})
+                apart[own.get("weight_decay", group.get("weight_decay"))].append(p)
+            group["params"] = apart.pop(group.get("weight_decay"), [])
+            options = {k: v for k, v in group.items() if k != "params"}
+            for decay, mine in apart.items():
+                optimizer.optimizer.add_param_group(
+                    {**options, "weight_decay": decay, "params": mine}
+                )
+        return optimizer
 
-        return build_optimizer
-
-    wrap(optim, "build_optimizer", make)
+    return build_optimizer
 
 
-def shorten_progress_bar() -> None:
-    """A bar shows every metric it is given; one per layer and expert would drown the rest."""
+@patch(progress_bar.BaseProgressBar, "_format_stats", test="tests/test_compat.py")
+def shorten_progress_bar(original: Any) -> Any:
+    """Leave metrics per layer and expert out of progress bars, where they would hide the rest."""
 
-    def make(original):
-        def _format_stats(self, stats):
-            return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
+    def _format_stats(self: Any, stats: dict[str, Any]) -> Any:
+        return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
 
-        return _format_stats
-
-    wrap(progress_bar.BaseProgressBar, "_format_stats", make)
+    return _format_stats
 
 
-def find_nan_in_any_model() -> None:
-    """After a NaN fairseq repeats the batch to name the module, by hooks that know few outputs.
+@patch(nan_detector.NanDetector, "add_hooks", test="tests/tasks/test_bad_numbers.py")
+def find_nan_in_any_model(original: Any) -> Any:
+    """Make fairseq's search for the source of a NaN work with any output of a module.
 
-    A dictionary of lists, as every encoder returns, or an object ends the search in a StopIteration
-    or TypeError that hides what went wrong. Here gradients are watched at the tensors themselves.
+    After a NaN, fairseq repeats the batch with hooks that name the module. Its backward hooks
+    support few types of output. If a module returns a dictionary of lists, as every encoder does,
+    or an object, the search ends in a StopIteration or TypeError that hides the cause. This patch
+    hooks the gradients of the output tensors themselves.
     """
 
-    def make(original):
-        def add_hooks(self, module):
-            def watch(module, inputs, output):
-                for value in output if isinstance(output, tuple) else (output,):
-                    if isinstance(value, torch.Tensor) and value.requires_grad:
-                        value.register_hook(lambda g: self.bhook_fn(module, inputs, g))
+    def add_hooks(self: Any, module: torch.nn.Module) -> None:
+        def watch(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            for value in output if isinstance(output, tuple) else (output,):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    value.register_hook(lambda g: self.bhook_fn(module, inputs, g))
 
-            if self.forward:
-                self.fhooks.append(module.register_forward_hook(self.fhook_fn))
-            if self.backward:
-                self.bhooks.append(module.register_forward_hook(watch))
+        if self.forward:
+            self.fhooks.append(module.register_forward_hook(self.fhook_fn))
+        if self.backward:
+            self.bhooks.append(module.register_forward_hook(watch))
 
-        return add_hooks
-
-    wrap(nan_detector.NanDetector, "add_hooks", make)
+    return add_hooks

@@ -1,4 +1,4 @@
-"""Mends of what fairseq saves and reads."""
+"""Patches for what fairseq saves and loads."""
 
 import argparse
 import os
@@ -6,6 +6,8 @@ import shutil
 import typing
 import zipfile
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import omegaconf
 import torch
@@ -13,15 +15,18 @@ from fairseq import checkpoint_utils, file_io
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models.ema import ema
 
-from fairseq_evomoe.compat.wrapping import wrap
+from fairseq_evomoe.compat.patching import patch
+from fairseq_evomoe.old_names import upgrade_flags
+from fairseq_evomoe.parallel import sharded_files
 
 
 def allow_config_classes_in_checkpoints() -> None:
-    """torch >= 2.6 refuses the classes in which fairseq stores flags: no resume, no generate.
+    """Let torch >= 2.6 load the classes in which fairseq stores flags.
 
-    `argparse.Namespace` is in every checkpoint of an argparse model; the omegaconf containers
-    travel when rank 0 hands a loaded checkpoint to the other workers. They hold data and run
-    nothing, so they join torch's allow-list; everything else stays forbidden.
+    Without this patch a run can neither resume nor generate. `argparse.Namespace` is in every
+    checkpoint of an argparse model. The omegaconf containers are pickled when rank 0 sends a loaded
+    checkpoint to the other workers. All of them hold data and execute no code, so they are added to
+    torch's allow-list. Everything else stays forbidden.
     """
     torch.serialization.add_safe_globals(
         [
@@ -41,65 +46,86 @@ def allow_config_classes_in_checkpoints() -> None:
     )
 
 
-def copy_checkpoints_whole() -> None:
-    """fairseq names a checkpoint `last` and `best` by copying it over the old file of that name.
+@patch(file_io.PathManager, "copy", test="tests/cli/test_faults.py")
+def copy_checkpoints_whole(original: Any) -> Any:
+    """Give the copy of a checkpoint its name only when it is complete.
 
-    A run killed meanwhile leaves a cut-off `checkpoint_last.pt`, which no restart can read. Here a
-    copy gets its name when it is whole, as fairseq does with what it saves.
+    fairseq writes `checkpoint_last.pt` and `checkpoint_best.pt` by copying a checkpoint over the
+    old file of that name. A run killed meanwhile leaves a truncated `checkpoint_last.pt`, which no
+    restart can read. This patch writes a temporary file and renames it, as fairseq does for the
+    checkpoints that it saves.
     """
 
-    def make(original: typing.Callable) -> typing.Callable:
-        def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-            if file_io.PathManager.path_requires_pathmanager(dst_path):
-                return original(src_path, dst_path, overwrite=overwrite)
-            shutil.copyfile(src_path, f"{dst_path}.tmp")
-            os.replace(f"{dst_path}.tmp", dst_path)
-            return True
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if file_io.PathManager.path_requires_pathmanager(dst_path):
+            return original(src_path, dst_path, overwrite=overwrite)
+        shutil.copyfile(src_path, f"{dst_path}.tmp")
+        os.replace(f"{dst_path}.tmp", dst_path)
+        return True
 
-        return copy
-
-    wrap(file_io.PathManager, "copy", make)
+    return copy
 
 
-def name_damaged_checkpoints() -> None:
-    """torch does not say which file it could not read, nor fairseq what to do about it."""
+@patch(checkpoint_utils, "load_checkpoint_to_cpu", test="tests/cli/test_faults.py")
+def name_damaged_checkpoints(original: Any) -> Any:
+    """Name the file and the fix if a checkpoint cannot be read, which torch and fairseq do not."""
 
-    def make(original: typing.Callable) -> typing.Callable:
-        def load_checkpoint_to_cpu(
-            path: str, *args: typing.Any, **kwargs: typing.Any
-        ) -> typing.Any:
-            try:
-                return original(path, *args, **kwargs)
-            except Exception as error:
-                # a whole checkpoint is a zip archive
-                if not os.path.isfile(path) or zipfile.is_zipfile(path):
-                    raise
-                raise ValueError(
-                    f"{path} is damaged, or no checkpoint: give an earlier one of its folder with "
-                    "--restore-file (or --path)"
-                ) from error
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(path, *args, **kwargs)
+        except Exception as error:
+            # a complete checkpoint is a zip archive
+            if not os.path.isfile(path) or zipfile.is_zipfile(path):
+                raise
+            raise ValueError(
+                f"{path} is damaged, or no checkpoint: give an earlier one of its folder with "
+                "--restore-file (or --path)"
+            ) from error
 
-        return load_checkpoint_to_cpu
-
-    wrap(checkpoint_utils, "load_checkpoint_to_cpu", make)
+    return load_checkpoint_to_cpu
 
 
-def average_weights_alone() -> None:
-    """`--store-ema` averages every entry of a model's state and dies on integers.
+@patch(checkpoint_utils, "load_checkpoint_to_cpu", test="tests/parallel/test_sharded_files.py")
+def read_expert_folders(original: Any) -> Any:
+    """Let fairseq read checkpoints whose experts are in a folder beside them."""
 
-    Routing tables and the evolution state (stage, number of updates) are copied instead.
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        state = original(path, *args, **kwargs)
+        whole = not sharded_files.keeps_references()
+        return sharded_files.resolve(state, Path(path).parent, whole=whole)
+
+    return load_checkpoint_to_cpu
+
+
+@patch(checkpoint_utils, "load_checkpoint_to_cpu", test="tests/models/test_old_checkpoints.py")
+def read_old_flags(original: Any) -> Any:
+    """Bring the flags in checkpoints of version 0.1.0 up to date."""
+
+    def load_checkpoint_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        cfg = state.get("cfg") or {}
+        for part in ("model", "task", "criterion"):
+            upgrade_flags(cfg.get(part))
+        return state
+
+    return load_checkpoint_to_cpu
+
+
+@patch(ema.EMA, "__init__", test="tests/cli/test_commands.py")
+def average_weights_alone(original: Any) -> Any:
+    """Let `--store-ema` average only floating-point weights.
+
+    fairseq averages every entry of a model's state, which fails on integers. With this patch,
+    such entries (routing tables) and the evolution state (stage, number of updates) are copied.
     """
 
-    def make(original):
-        def __init__(self, model, config, device=None, skip_keys=None):
-            state = model.state_dict().items()
-            copied = {n for n, v in state if n.endswith("_extra_state") or not _is_floating(v)}
-            original(self, model, config, device, copied | set(skip_keys or ()))
+    def init(self: Any, model: Any, config: Any, device: Any = None, skip_keys: Any = None) -> None:
+        state = model.state_dict().items()
+        copied = {n for n, v in state if n.endswith("_extra_state") or not _is_floating(v)}
+        original(self, model, config, device, copied | set(skip_keys or ()))
 
-        return __init__
-
-    wrap(ema.EMA, "__init__", make)
+    return init
 
 
-def _is_floating(value: typing.Any) -> bool:
+def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()

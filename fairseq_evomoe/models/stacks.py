@@ -1,4 +1,4 @@
-"""fairseq's Transformer encoder and decoder with MoE layers: what all model families share."""
+"""fairseq's Transformer encoder and decoder with MoE layers, shared by all model families."""
 
 from typing import Any
 
@@ -8,71 +8,91 @@ from fairseq.models.transformer import (
     TransformerDecoderBase,
     TransformerEncoderBase,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.memory_config import MemoryConfig
-from fairseq_evomoe.models.table_memory import state_tables
+from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.sizes import check_table_memory
+from fairseq_evomoe.models.transformer_layer import build_layer, tokens_of
 from fairseq_evomoe.modules.gates import GATES
-from fairseq_evomoe.modules.transformer_layer import DecoderLayer, EncoderLayer, LayerStack, wrap
+from fairseq_evomoe.modules.plan import TokenBatch
+from fairseq_evomoe.old_names import upgrade_values
 
 
-class EvoMoEEncoder(LayerStack, TransformerEncoderBase):
-    """fairseq's Transformer encoder, with MoE layers where the flags put them."""
+class EvoMoEEncoder(TransformerEncoderBase):
+    """fairseq's Transformer encoder, with experts and look-ups where the flags put them."""
+
+    _built = 0
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
-        layer = EncoderLayer(
-            cfg, self.next_index(), return_fc=self.return_fc, dictionary=self.dictionary
+        # fairseq does not tell its builders which layer they build
+        self._built += 1
+        return build_layer(
+            cfg,
+            "encoder",
+            self._built - 1,
+            return_fc=self.return_fc,
+            dictionary=self.dictionary,
         )
-        return wrap(layer, cfg)
 
-    def forward_scriptable(self, src_tokens, *args, **kwargs):
-        self.hand_down(src_tokens)
-        return super().forward_scriptable(src_tokens, *args, **kwargs)
+    def forward_scriptable(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with tokens_of(TokenBatch(src_tokens, self.padding_idx)):
+            return super().forward_scriptable(src_tokens, *args, **kwargs)
 
 
-class EvoMoEDecoder(LayerStack, TransformerDecoderBase):
-    """fairseq's Transformer decoder, with MoE layers where the flags put them.
+class EvoMoEDecoder(TransformerDecoderBase):
+    """fairseq's Transformer decoder, with experts and look-ups where the flags put them.
 
     Args:
-        reads: dictionary of the tokens it reads, where that is not the one it writes.
+        reads: dictionary of the input tokens, if it differs from that of the output tokens.
     """
+
+    _built = 0
 
     def __init__(self, cfg: Any, dictionary: Any, *args: Any, reads: Any = None, **kw: Any) -> None:
         self._reads = dictionary if reads is None else reads
         super().__init__(cfg, dictionary, *args, **kw)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
-        layer = DecoderLayer(cfg, self.next_index(), no_encoder_attn, dictionary=self._reads)
-        return wrap(layer, cfg)
+        self._built += 1
+        return build_layer(cfg, "decoder", self._built - 1, no_encoder_attn, dictionary=self._reads)
 
     def extract_features_scriptable(
-        self, prev_output_tokens, encoder_out, incremental_state=None, *args, **kwargs
-    ):
-        incremental = incremental_state is not None
-        self.hand_down(prev_output_tokens[:, -1:] if incremental else prev_output_tokens)
-        return super().extract_features_scriptable(
-            prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
-        )
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any,
+        incremental_state: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        states = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
+        with tokens_of(TokenBatch(states, self.padding_idx)):
+            return super().extract_features_scriptable(
+                prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+            )
 
 
 def add_flags(parser: Any) -> None:
-    """Our flags on a parser, for models that fairseq configures by arguments."""
+    """Add our flags to a parser, for models that fairseq configures through argparse."""
     for flags in (MoEConfig(), MemoryConfig()):
         gen_parser_from_dataclass(parser, flags, delete_default=True, with_prefix="")
 
 
 def configure(args: Any, *sides: str) -> TransformerConfig:
-    """fairseq's configuration of a Transformer, with our flags, checked, as its `moe` and `memory`.
+    """Check our flags and return fairseq's Transformer configuration with them.
+
+    They become its attributes `moe` and `memory`.
 
     Args:
         args: Namespace or DictConfig with every flag.
-        sides: "encoder", "decoder": what the model has; the other's frequency means nothing.
+        sides: which of "encoder" and "decoder" the model has. An MoE frequency given for a side
+            that it does not have is refused.
 
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
     """
     moe = MoEConfig.from_args(args)
+    upgrade_values(moe, warn=True)
     for side in {"encoder", "decoder"} - set(sides):
         flag = f"--{side}-moe-freq"
         moe.need(getattr(moe, f"{side}_moe_freq") == 0, flag, f"this model has no {side}")
@@ -90,22 +110,44 @@ def configure(args: Any, *sides: str) -> TransformerConfig:
                 "leave it out, or use --moe-freq 0 without --memory-ffn"
             )
     if memory.memory_attention and getattr(args, "cross_self_attention", False):
-        raise ValueError("--cross-self-attention: memory attention has none; leave one out")
+        raise ValueError(
+            "--cross-self-attention: memory attention does not support it; leave out this flag or "
+            "--memory-attention"
+        )
+    _check_some_layer_has_experts(moe, {side: getattr(cfg, side).layers for side in sides})
     cfg.moe, cfg.memory = moe, memory
-    state_tables(cfg, *sides)
+    check_table_memory(cfg, *sides)
     return cfg
 
 
-def evolve(args: Any, *, experts: int) -> None:
-    """Architecture defaults: `experts` in every second layer."""
-    # a frequency given for one side leaves the other dense
+def _check_some_layer_has_experts(moe: MoEConfig, layers: dict[str, int]) -> None:
+    """Refuse frequencies under which every layer would stay dense.
+
+    Args:
+        layers: "encoder" or "decoder" -> its number of layers.
+    """
+    for side, count in layers.items():
+        flag = f"--{side}-moe-freq"
+        moe.need(moe.given(flag) <= count, flag, f"the {side} has only {count} layers")
+    counts = ", ".join(f"{count} {side} layers" for side, count in layers.items())
+    moe.need(
+        moe.moe_freq <= max(layers.values()),
+        "--moe-freq",
+        f"no layer would have experts: there are {counts}; give a smaller number, or 0 for a "
+        "dense model",
+    )
+
+
+def moe_defaults(args: Any, *, experts: int) -> None:
+    """Set architecture defaults: `experts` experts in every second layer."""
+    # if a frequency is given for one side only, the other side stays dense
     one_sided = getattr(args, "encoder_moe_freq", 0) or getattr(args, "decoder_moe_freq", 0)
     args.moe_freq = getattr(args, "moe_freq", 0 if one_sided else 2)
     args.moe_expert_count = getattr(args, "moe_expert_count", experts)
 
 
-def memorise(args: Any, *sides: str) -> None:
-    """Architecture defaults of a MemoryFormer: look-ups everywhere, norms first, no experts."""
+def memory_defaults(args: Any, *sides: str) -> None:
+    """Set a MemoryFormer's architecture defaults: look-ups everywhere, pre-norm, no experts."""
     for name in ("memory_ffn", "memory_attention"):
         setattr(args, name, getattr(args, name, True))
     for side in sides:

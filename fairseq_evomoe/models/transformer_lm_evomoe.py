@@ -1,7 +1,7 @@
 """`--arch transformer_lm_evomoe*`: the causal language model (GPT) with evolving MoE layers."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq import options
 from fairseq.models import register_model, register_model_architecture
@@ -15,47 +15,54 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt3_xl,
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
+from torch import nn
 
-from fairseq_evomoe.config import MoEConfig, option
-from fairseq_evomoe.memory_config import MemoryConfig
-from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, evolve, memorise
+from fairseq_evomoe.config import MoEConfig
+from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, memory_defaults, moe_defaults
+from fairseq_evomoe.options import option
 
 
 @dataclass
 class TransformerLMEvoMoEConfig(MoEConfig, MemoryConfig, TransformerLanguageModelConfig):
-    """fairseq's flags of a language model and those of the MoE layers.
+    """fairseq's flags of a language model and the flags of MoE and look-up layers.
 
-    The defaults, `--arch transformer_lm_evomoe`: 4 layers of width 256, 4 experts in every second
-    one; trains on a CPU in minutes.
+    The defaults describe `--arch transformer_lm_evomoe`: 4 layers of width 256 with 4 experts in
+    every second layer, small enough to train on a CPU in minutes.
     """
 
     moe_freq: Optional[int] = option(  # type: ignore[assignment]
-        None, "every n-th layer is an MoE layer; 0: none; by default 2, or --decoder-moe-freq"
+        None, "every n-th layer is an MoE layer, 0 for none; by default 2, or --decoder-moe-freq"
     )
     moe_expert_count: int = option(4, "number of experts in each MoE layer")
     moe_gate_token_bias: Optional[float] = option(  # type: ignore[assignment]
         None,
         "add to the gate's logits a learned bias of the token id, drawn with this standard "
-        "deviation, so that words keep their experts; by default 3 with --moe-gate dts, else 0",
+        "deviation, so that words keep their experts; by default 3 with --moe-gate dts (without "
+        "--dts-parity), else 0",
     )
-    decoder_layers: int = option(4, "layers")
+    decoder_layers: int = option(4, "number of layers")
     decoder_embed_dim: int = option(256, "model width")
-    decoder_input_dim: int = option(0, "width of the input embeddings; 0: the model's")
-    decoder_output_dim: int = option(0, "width of the output embeddings; 0: the model's")
+    decoder_input_dim: Optional[int] = option(
+        None, "width of the input embeddings; by default the model width"
+    )
+    decoder_output_dim: Optional[int] = option(
+        None, "width of the output embeddings; by default the model width"
+    )
     decoder_ffn_embed_dim: int = option(1024, "hidden width of the FFN")
-    decoder_attention_heads: int = option(4, "attention heads")
+    decoder_attention_heads: int = option(4, "number of attention heads")
 
 
 @register_model("transformer_lm_evomoe", dataclass=TransformerLMEvoMoEConfig)
 class TransformerLMEvoMoEModel(TransformerLanguageModel):
-    """Decoder-only Transformer whose FFNs evolve (arXiv 2112.14397)."""
+    """Decoder-only Transformer whose FFNs evolve into MoE layers (arXiv 2112.14397)."""
 
     @classmethod
     def hub_models(cls) -> dict[str, str]:
         return {}
 
     @classmethod
-    def build_model(cls, args, task):
+    def build_model(cls, args: Any, task: Any) -> Any:
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         for name in ("decoder_input_dim", "decoder_output_dim"):
@@ -66,7 +73,7 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
             )
         if args.base_layers:
             raise ValueError(
-                f"--base-layers {args.base_layers}: fairseq's own BASE layers need one expert a "
+                f"--base-layers {args.base_layers}: fairseq's own BASE layers need one expert per "
                 "worker; use --moe-gate base"
             )
         if args.tie_adaptive_weights and (
@@ -77,12 +84,12 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
         ):
             raise ValueError(
                 "--tie-adaptive-weights needs --adaptive-input, and the same factor, cutoff and "
-                "width on both sides"
+                "width for input and output"
             )
         if args.moe_freq is None:
             args.moe_freq = 0 if args.decoder_moe_freq else 2
         if args.moe_gate_token_bias is None:
-            # docs/evidence.md; the baselines stay as their papers have them
+            # docs/evidence.md has the reason for 3; baselines stay as their papers describe them
             args.moe_gate_token_bias = (
                 3.0 if args.moe_gate == "dts" and not args.dts_parity else 0.0
             )
@@ -96,7 +103,7 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
         return cls(decoder)
 
     @classmethod
-    def _embed(cls, args, dictionary):
+    def _embed(cls, args: Any, dictionary: Any) -> nn.Module:
         if args.character_embeddings:
             return CharacterTokenEmbedder(
                 dictionary,
@@ -120,46 +127,46 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_small")
-def evomoe_gpt_small(args) -> None:
-    """12 layers of width 768, 16 experts in every second one."""
-    evolve(args, experts=16)
+def evomoe_gpt_small(args: Any) -> None:
+    """12 layers of width 768 with 16 experts in every second layer."""
+    moe_defaults(args, experts=16)
     transformer_lm_gpt3_small(args)
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_medium")
-def evomoe_gpt_medium(args) -> None:
-    """24 layers of width 1024, 16 experts in every second one: the paper's size."""
-    evolve(args, experts=16)
+def evomoe_gpt_medium(args: Any) -> None:
+    """24 layers of width 1024 with 16 experts in every second layer, the size in the paper."""
+    moe_defaults(args, experts=16)
     transformer_lm_gpt3_medium(args)
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_evomoe_gpt_xl")
-def evomoe_gpt_xl(args) -> None:
-    """24 layers of width 2048, 16 experts in every second one."""
-    evolve(args, experts=16)
+def evomoe_gpt_xl(args: Any) -> None:
+    """24 layers of width 2048 with 16 experts in every second layer."""
+    moe_defaults(args, experts=16)
     transformer_lm_gpt3_xl(args)
 
 
-def _memoryformer(args, layers: int, width: int, heads: int) -> None:
+def _memoryformer(args: Any, layers: int, width: int, heads: int) -> None:
     for name, value in (("layers", layers), ("embed_dim", width), ("attention_heads", heads)):
         setattr(args, f"decoder_{name}", getattr(args, f"decoder_{name}", value))
-    memorise(args, "decoder")
+    memory_defaults(args, "decoder")
     base_gpt3_architecture(args)
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_tiny")
-def memoryformer_tiny(args) -> None:
+def memoryformer_tiny(args: Any) -> None:
     """6 layers of width 512, as MemoryFormer-tiny (section 3.1 of arXiv 2411.12992)."""
     _memoryformer(args, 6, 512, 8)
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_small")
-def memoryformer_small(args) -> None:
+def memoryformer_small(args: Any) -> None:
     """12 layers of width 768, as MemoryFormer-small."""
     _memoryformer(args, 12, 768, 12)
 
 
 @register_model_architecture("transformer_lm_evomoe", "transformer_lm_memoryformer_base")
-def memoryformer_base(args) -> None:
+def memoryformer_base(args: Any) -> None:
     """24 layers of width 1024, as MemoryFormer-base."""
     _memoryformer(args, 24, 1024, 16)

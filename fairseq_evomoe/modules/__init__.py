@@ -2,5 +2,6 @@
 
 tokens -> `gates` -> `plan.RoutingPlan` -> `kernels.routing` -> `experts.ExpertBank` (over
 `kernels.grouped_ffn`) -> `moe_layer.EvoMoELayer` -> `records.RoutingRecord` -> `losses`.
-`ffn.build_ffn` decides which layer of a model gets what; `transformer_layer` puts it in place.
+`ffn.build_ffn` decides which module replaces the FFN of each layer of a model, and
+`transformer_layer` puts it in place.
 """

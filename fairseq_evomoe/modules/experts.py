@@ -1,4 +1,4 @@
-"""The experts of one layer in stacked weights.
+"""The experts of one layer, with stacked weights.
 
 Letters: T tokens, D model width, F expert hidden width, E experts, A active (token, expert) pairs.
 """
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels.grouped_ffn import moe_ffn
-from fairseq_evomoe.modules.plan import RoutingPlan
+from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
+from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
 from fairseq_evomoe.parallel.exchange import exchange
-from fairseq_evomoe.parallel.mesh import Share
+from fairseq_evomoe.parallel.mesh import Shard
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a stacked parameter (E, ...) of a bank means for a split.
+    """The role that a stacked parameter (E, ...) of a bank has in a split.
 
     Attributes:
-        side: "fc1" before the hidden values, "fc2" behind them; None: copies never differ in it.
-        axis: of the hidden units in the stacked parameter; None: it has none.
+        side: "fc1" before the hidden values, "fc2" behind them, or None if the split never changes
+            this parameter.
+        axis: axis of the hidden units in the stacked parameter, or None if it has none.
     """
 
     side: str | None
@@ -32,21 +33,27 @@ class Part:
 
 
 class Bank(nn.Module):
-    """E experts of one kind with stacked parameters; expert 0 is the base expert.
+    """E experts of one kind with stacked parameters. Expert 0 is the base expert.
 
     Attributes:
-        parts: every parameter's part in a split.
-        silence: the side on which a hidden unit is best silenced.
-        shared: expert 0 sees every token and is not routed: plans then have E - 1 columns, and the
-            output is the mean of its own and of the routed experts'.
+        parts: role of every parameter in a split.
+        mask_side: side whose weights a split sets to zero to mask a hidden unit.
+        shared: whether expert 0 sees every token and is not routed. Routings then have E - 1
+            columns, and the output is the mean of its output and that of the routed experts.
+        shard: the experts that this worker holds, or None if it holds all of them. Before the
+            split, the first entry of its parameters is the base expert, whichever expert it
+            becomes later.
     """
 
     parts: ClassVar[Mapping[str, Part]]
-    silence: ClassVar[str]
+    mask_side: ClassVar[str]
     shared: bool
-    share: Share | None = None
-    """Which of the experts this worker holds; None: all. Before the split its first one is the
-    base expert, whichever it will be."""
+    shard: Shard | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # what the first entry holds until the split, on a worker that lacks expert 0
+        self._base: dict[str, Tensor] = {}
 
     @property
     def hidden(self) -> int:
@@ -55,84 +62,104 @@ class Bank(nn.Module):
 
     @property
     def count(self) -> int:
-        """E, or the number of experts that this worker holds."""
+        """Number of experts that this worker holds: E, unless they are distributed."""
         return next(self.parameters()).size(0)
 
     @property
-    def slots(self) -> list[int]:
-        """Which expert each entry of the stacked parameters is."""
-        return list(range(self.count)) if self.share is None else self.share.slots
+    def expert_ids(self) -> list[int]:
+        """Number of the expert that each entry of the stacked parameters holds."""
+        return list(range(self.count)) if self.shard is None else self.shard.expert_ids
 
-    def keep(self, share: Share) -> None:
-        """Give up the experts that other workers hold."""
-        self.share = share
+    def distribute(self, shard: Shard) -> None:
+        """Keep only the experts of this worker's shard and drop the rest."""
+        self.shard = shard
+        self._base = {n: p.detach()[0].clone() for n, p in self.named_parameters()}
         for p in self.parameters():
-            p.data = share.local(p.data, split=True)
-            p.expert = share  # type: ignore[attr-defined]
+            p.data = shard.local(p.data, has_split=True)
+            p.expert = shard  # type: ignore[attr-defined]
 
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        """One expert alone, on x (..., D)."""
+    def start(self, *, from_base: bool) -> None:
+        """Begin training: with the base expert alone, or with all experts."""
+        if from_base:
+            for name, base in self._base.items():
+                self.get_parameter(name).data[0] = base
+        self._base = {}
+
+    def set_split(self, has_split: bool) -> None:
+        """Say whether the base expert has split."""
+        if self.shard is not None:
+            self.shard.has_split = has_split
+
+    def run_expert(self, expert: int, x: Tensor) -> Tensor:
+        """Run one expert alone on x (..., D)."""
         raise NotImplementedError
 
-    def base(self, x: Tensor) -> Tensor:
-        """The base expert alone, on x (..., D): what the layer without experts computes."""
-        return self.one(0, x)
+    def run_base(self, x: Tensor) -> Tensor:
+        """Run the base expert alone on x (..., D), as the layer without experts would."""
+        return self.run_expert(0, x)
 
-    def compute(
-        self, x: Tensor, active: Tensor, weights: Tensor, at_most: int | None = None
-    ) -> Tensor:
-        """sum_e weight_te FFN_e(x_t) over active pairs, of the experts that this worker holds.
+    def run_local(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return sum_e weight_te FFN_e(x_t) over the active pairs of this worker's experts.
 
         Args:
-            x: (T, D). active, weights: (T, count) bool and float.
-            at_most: active experts of a token, where that number has a limit.
+            x: (T, D).
+            routing: over the experts that this worker holds, (T, count).
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """sum_e weight_te FFN_e(x_t) over the plan's active pairs: x (T, D) -> (T, D)."""
-        active, weights, at_most = plan.active, plan.weights, plan.at_most
-        if self.share is not None:
-            return self._forward_shared_out(x, active, weights, self.share)
-        if self.shared:
-            active, weights = self._beside_shared(active, weights * 0.5, 0.5)
-            at_most = None if at_most is None else at_most + 1
-        return self.compute(x, active, weights, at_most)
-
-    @staticmethod
-    def _beside_shared(active: Tensor, weights: Tensor, shared: float) -> tuple[Tensor, Tensor]:
-        """The same with a first column for the shared expert, of one weight for all tokens."""
-        column = torch.full_like(weights[:, :1], shared)
-        on = torch.full_like(active[:, :1], shared > 0)
-        return torch.cat([on, active], 1), torch.cat([column, weights], 1)
-
-    def _forward_shared_out(
-        self, x: Tensor, active: Tensor, weights: Tensor, share: Share
-    ) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return sum_e weight_te FFN_e(x_t) over the active pairs: x (T, D) -> (T, D)."""
+        if self.shard is None:
+            return self.run_local(x, with_shared(routing, 0.5) if self.shared else routing)
         if not self.shared:
-            return exchange(x, weights, active, share, self.compute)
+            return exchange(x, routing, self.shard, self.run_local)
 
-        def compute(rows: Tensor, active: Tensor, weights: Tensor) -> Tensor:
-            return self.compute(rows, *self._beside_shared(active, weights, 0.0))
+        def run(rows: Tensor, received: Routing) -> Tensor:
+            return self.run_local(rows, _with_column(received, 0.0))
 
-        # every worker computes the shared expert for its own tokens
-        return self.one(0, x) * 0.5 + exchange(x, weights * 0.5, active, share, compute)
+        # every worker runs the shared expert on its own tokens
+        halved = routing._replace(weights=routing.weights * 0.5)
+        return self.run_expert(0, x) * 0.5 + exchange(x, halved, self.shard, run)
+
+    def reset_normal_(self, std: float, generator: torch.Generator) -> None:
+        """Draw BERT's initial weights; look-ups keep theirs."""
+
+
+def with_shared(routing: Routing, weight: float) -> Routing:
+    """A routing over E - 1 experts beside a shared expert that every token visits.
+
+    The shared expert becomes the first column and has this weight; the others have the rest.
+    """
+    routed = routing._replace(weights=routing.weights * (1 - weight))
+    return _with_column(routed, weight)
+
+
+def _with_column(routing: Routing, weight: float) -> Routing:
+    """Prepend a column of one weight for all tokens; it is active only if the weight is above 0."""
+    column = torch.full_like(routing.weights[:, :1], weight)
+    on = torch.full_like(routing.active[:, :1], weight > 0)
+    bound = routing.max_active
+    return Routing(
+        torch.cat([column, routing.weights], 1),
+        torch.cat([on, routing.active], 1),
+        None if bound is None else bound + 1,
+    )
 
 
 class ExpertBank(Bank):
-    """E feed-forward networks, weights stacked in `nn.Linear`'s layout.
+    """E feed-forward networks whose weights are stacked in `nn.Linear`'s layout.
 
-    `w1` (E, F, D), `b1` (E, F), `w2` (E, D, F), `b2` (E, D). Expert 0 is the base expert: it takes
-    over the two linear layers that a dense model would have here, so a dense model and the
-    diversify stage agree to the bit.
+    The parameters are `w1` (E, F, D), `b1` (E, F), `w2` (E, D, F) and `b2` (E, D). Expert 0 is the
+    base expert. It takes over the two linear layers that a dense model would have here, so a dense
+    model and the diversify stage agree bitwise.
 
     Args:
         fc1, fc2: the dense layer's linear maps D -> F -> D.
         num_experts: E.
         activation: elementwise function between them.
-        dropout: on hidden units, while training.
-        generator: draws experts 1 to E-1 (`nn.Linear`'s distribution).
-        shared: as for `Bank`.
+        dropout: dropout probability of hidden units during training.
+        generator: random generator that draws experts 1 to E-1 from `nn.Linear`'s distribution.
+        shared: see `Bank`.
     """
 
     parts = {
@@ -141,8 +168,8 @@ class ExpertBank(Bank):
         "w2": Part("fc2", 2),
         "b2": Part("fc2"),
     }
-    # a unit silenced behind the hidden layer goes on learning; a ReLU unit silenced before, never
-    silence = "fc2"
+    # a unit whose fc2 weights are zeroed goes on learning; a ReLU unit with zeroed fc1 never does
+    mask_side = "fc2"
 
     def __init__(
         self,
@@ -171,28 +198,27 @@ class ExpertBank(Bank):
         self.b2 = stack(fc2.bias, fc2.in_features)
 
     @torch.no_grad()
-    def reset_normal_(self, std: float, generator: torch.Generator) -> dict[str, Tensor]:
-        """BERT's initial weights: N(0, std), biases 0. Expert 0 draws from the global stream, w1
-        before w2, as the dense layer does; the others from `generator`.
+    def reset_normal_(self, std: float, generator: torch.Generator) -> None:
+        """Draw BERT's initial weights: N(0, std), and biases of 0.
 
-        Returns:
-            the base expert's parameters, which this worker need not hold.
+        Expert 0 draws from the global random stream, w1 before w2, as the dense layer does; the
+        other experts draw from `generator`.
         """
         base = {}
-        slots = self.slots
-        total = len(slots) if self.share is None else self.share.total
+        ids = self.expert_ids
+        total = len(ids) if self.shard is None else self.shard.total
         for name, stacked in self.named_parameters():
             for e in range(total if stacked.dim() > 2 else 0):
                 if e == 0:
                     new = base[name] = torch.empty_like(stacked[0]).normal_(0, std)
                 else:
                     new = torch.randn(stacked[0].shape, generator=generator) * std
-                if e in slots:
-                    stacked[slots.index(e)].copy_(new)
+                if e in ids:
+                    stacked[ids.index(e)].copy_(new)
             if stacked.dim() == 2:
                 stacked.zero_()
                 base[name] = torch.zeros_like(stacked[0])
-        return base
+        self._base = base if self._base else {}
 
     def extra_repr(self) -> str:
         e, f, d = self.w1.shape
@@ -203,24 +229,18 @@ class ExpertBank(Bank):
         """F."""
         return self.b1.size(1)
 
-    def one(self, expert: int, x: Tensor) -> Tensor:
-        """One expert alone, on x (..., D); expert 0 is the dense layer, to the bit."""
+    def run_expert(self, expert: int, x: Tensor) -> Tensor:
+        """Run one expert alone on x (..., D). Expert 0 agrees with the dense layer bitwise."""
         h = self.activation(F.linear(x, self.w1[expert], self.b1[expert]))
         h = F.dropout(h, self.dropout, training=self.training)
         return F.linear(h, self.w2[expert], self.b2[expert])
 
-    def compute(
-        self, x: Tensor, active: Tensor, weights: Tensor, at_most: int | None = None
-    ) -> Tensor:
+    def run_local(self, x: Tensor, routing: Routing) -> Tensor:
+        """See `Bank.run_local`."""
         return moe_ffn(
             x,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
-            weights=weights,
-            active=active,
-            at_most=at_most,
+            ExpertWeights(self.w1, self.b1, self.w2, self.b2),
+            routing,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )

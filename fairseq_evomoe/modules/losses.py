@@ -4,14 +4,15 @@ from torch import Tensor
 
 
 def balance_loss(mean: Tensor, load: Tensor) -> Tensor:
-    """Load balance, invariant to how many experts are active.
+    """Load-balance loss, invariant to how many experts are active.
 
-    E * sum_e f_e P_e (eq. 4 of arXiv 2101.03961), with f_e the expert's share of the active pairs
-    instead of tokens and P_e its mean clean probability: 1 at perfect balance in every stage.
+    The loss is E * sum_e f_e P_e (eq. 4 of arXiv 2101.03961), where f_e is the expert's fraction of
+    the active pairs instead of tokens and P_e is its mean clean probability. It is 1 at perfect
+    balance in every stage.
 
     Args:
         mean: clean gate probability of each expert, mean over the tokens, (E,) float32.
-        load: active pairs of each expert, (E,), any scale; not differentiated.
+        load: number of active pairs of each expert, (E,), on any scale; not differentiated.
 
     Returns:
         scalar float32.
@@ -23,7 +24,8 @@ def balance_loss(mean: Tensor, load: Tensor) -> Tensor:
 def official_balance_loss(weights: Tensor, active: Tensor) -> Tensor:
     """The balance loss of EvoMoE's official code: E sum_e mean_t(w_te) mean_t(1[e active for t]).
 
-    Both factors grow with the number of active experts; E, without gradient, while all are.
+    Both factors grow with the number of active experts. While all experts are active, the loss is E
+    and has no gradient.
 
     Args:
         weights: combine weights, (T, E) float32, 0 where inactive.

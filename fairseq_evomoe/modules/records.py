@@ -1,18 +1,19 @@
-"""What a layer leaves behind for the criterion, and how routing losses reach the gate.
+"""What the MoE layers of one call leave behind for the criterion.
 
-A criterion cannot simply add the layers' losses to its own: under `--checkpoint-activations` they
-are computed without a graph, and again, with one, only during the backward pass. So a loss enters
-the graph where it arises: `attach` ties it to the layer's output, and its gradient is fetched from
-a `LossPort`, a leaf that the criterion's loss runs through and that backward reaches first. Loss
-scaling, gradient accumulation and dummy batches act on it as on everything else.
+A `RoutingLog` belongs to the call that opened it, never to a layer: layers add to the log that is
+open in their thread, so that threads can share a model and forward passes can come in any order. A
+record holds the layer's routing losses with their autograd graph. A criterion adds them to its own
+loss, and from there they reach the gate like every other loss.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_evomoe.schedule import Stage
 
@@ -20,18 +21,18 @@ LOSSES = ("balance", "z", "entropy", "distill")
 """Order of the routing losses in every loss vector."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingRecord:
-    """One layer's routing of one batch; counts cover real tokens only, nothing is differentiable.
+    """One layer's routing of one batch. Counts cover real tokens only.
 
     Attributes:
-        name: the layer, "encoder.1" for the second layer of the encoder.
-        stage, temperature: of the gate in this forward pass.
+        name: name of the layer; "encoder.1" is the second layer of the encoder.
+        stage, temperature: those of the gate in this forward pass.
         tokens: number of real tokens, scalar float32.
-        load: pairs of each expert, before any capacity, (E,) float32.
+        load: number of pairs of each expert, before any capacity, (E,) float32.
         entropy: sum over tokens of the clean gate's entropy in nats, scalar float32.
-        dropped: how many of them a capacity turned away, scalar float32.
-        losses: values of `LOSSES`, (4,) float32.
+        dropped: number of pairs that a capacity dropped, scalar float32.
+        losses: values of `LOSSES`, (4,) float32; the only differentiable field.
     """
 
     name: str
@@ -44,76 +45,59 @@ class RoutingRecord:
     losses: Tensor
 
 
-class LossPort:
-    """Where a layer's routing losses meet the criterion's loss."""
+@dataclass
+class RoutingLog:
+    """The records of one call, in the order in which the layers ran."""
 
-    def __init__(self) -> None:
-        self.leaf: Tensor | None = None
+    records: list[RoutingRecord] = field(default_factory=list)
 
-    def open(self, losses: Tensor) -> Tensor:
-        """The layer's loss vector, (4,), as a leaf to build the criterion's loss on."""
-        self.leaf = losses.detach().clone().requires_grad_()
-        return self.leaf
-
-
-class RecordingLayer(nn.Module):
-    """A layer that can be asked for a record of its last forward pass; see `recording`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.record: RoutingRecord | None = None
-        self.recording = False
-        self.port = LossPort()
+    def of(self, name: str) -> list[RoutingRecord]:
+        """The records of one layer: none if it was dropped, several if it ran several times."""
+        return [r for r in self.records if r.name == name]
 
 
-class _Attach(torch.autograd.Function):
+_LOG: ContextVar[RoutingLog | None] = ContextVar("routing_log", default=None)
+
+
+def current_log() -> RoutingLog | None:
+    """The log that is open in this thread, or None if nobody wants records.
+
+    A compiled layer records nothing: a graph cannot hold what happens beside it.
+    """
+    return None if torch.compiler.is_compiling() else _LOG.get()
+
+
+@contextmanager
+def recording(*, isolated: bool = False) -> Iterator[RoutingLog]:
+    """Within, every MoE layer that runs in this thread adds a record to the log yielded.
+
+    Logs nest: when an inner log closes, its records also join the outer one, unless it is
+    `isolated`.
+    """
+    outer, log = _LOG.get(), RoutingLog()
+    token = _LOG.set(log)
+    try:
+        yield log
+    finally:
+        _LOG.reset(token)
+        if outer is not None and not isolated:
+            outer.records.extend(log.records)
+
+
+class _WithZeroGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, losses, port):
-        ctx.port = port
-        ctx.like = losses
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        leaf = ctx.port.leaf
-        if leaf is None or leaf.grad is None:
-            return dy, torch.zeros_like(ctx.like), None
-        return dy, leaf.grad.to(ctx.like), None
-
-
-def attach(y: Tensor, losses: Tensor, port: LossPort) -> Tensor:
-    """`y` unchanged; its backward also sends the criterion's gradient into `losses`, (4,)."""
-    return _Attach.apply(y, losses, port)
-
-
-class _Touch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, *unused):
+    def forward(ctx: Any, y: Tensor, *unused: Tensor) -> Tensor:
         ctx.save_for_backward(*unused)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         return dy, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
-def touch(y: Tensor, *unused: Tensor) -> Tensor:
-    """`y` unchanged; parameters that played no part get a zero gradient, as DDP demands."""
-    return _Touch.apply(y, *unused)
+def with_zero_grads(y: Tensor, *unused: Tensor) -> Tensor:
+    """Return `y` unchanged, with a gradient of zero for parameters that it does not depend on.
 
-
-@contextmanager
-def recording(model: nn.Module) -> Iterator[list[RecordingLayer]]:
-    """Within, every MoE layer of `model` keeps the record of its last forward pass.
-
-    Yields the layers; each has `.record` and `.port`. Records are dropped on the way out.
+    DDP demands a gradient for every parameter.
     """
-    layers = [m for m in model.modules() if isinstance(m, RecordingLayer)]
-    for layer in layers:
-        layer.record, layer.recording = None, True
-    try:
-        yield layers
-    finally:
-        for layer in layers:
-            layer.record, layer.recording = None, False
+    return _WithZeroGrads.apply(y, *unused)

@@ -1,1 +1,1 @@
-"""Expert parallelism: the experts of each layer shared out over workers, `--expert-parallel`."""
+"""Expert parallelism (`--expert-parallel`): each worker holds a shard of each layer's experts."""

@@ -1,10 +1,10 @@
 """Which worker holds which experts.
 
-Letters: W workers, S workers that share the experts out among them, E routed experts of a layer.
+Letters: W workers, S workers over which the experts are sharded, E routed experts of a layer.
 
-The W workers stand in W / S groups of S neighbours. Within a group each worker holds E / S experts;
-workers of equal rank in their groups hold the same ones. So tokens travel within a group only
-(within a node, if S is the number of its devices), and gradients are summed across groups.
+The W workers form W / S groups of S neighbours. Within a group each worker holds E / S experts, and
+workers with the same rank in their groups hold the same experts. So tokens travel only within a
+group (within a node, if S is the number of its devices), and gradients are summed across groups.
 """
 
 import math
@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Mesh:
     """This worker's place among the W workers.
 
     Attributes:
-        group: the S workers that share the experts out, this one among them.
-        rank, size: this worker's place in `group`; S.
-        replicas: the W / S workers that hold the same experts; None where S = W.
+        group: process group of the S workers over which the experts are sharded, this one included.
+        rank, size: this worker's rank in `group`, and S.
+        replicas: process group of the W / S workers that hold the same experts, or None if S = W.
         world: W.
     """
 
@@ -40,45 +40,48 @@ class Mesh:
         return self
 
 
-def group_size(world: int, experts: int, asked: int) -> int:
-    """S: `--expert-parallel-size`, or for 0 the largest that divides both W and E.
+def group_size(world: int, experts: int, requested: int | None) -> int:
+    """Return S: `--expert-parallel-size`, or if that is None the largest divisor of both W and E.
 
     Raises:
-        ValueError: it does not divide both; names the flag and the sizes that do.
+        ValueError: the size does not divide both; the message names the flag and the sizes that do.
     """
     both = math.gcd(world, experts)
-    if asked == 0:
+    if requested is None:
         return both
-    if asked < 1 or both % asked:
+    if requested < 1 or both % requested:
         sizes = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
         raise ValueError(
-            f"--expert-parallel-size {asked}: it must divide the number of workers, {world}, and "
-            f"--moe-expert-count {experts}: choose one of {sizes}"
+            f"--expert-parallel-size {requested}: it must divide the number of workers, {world}, "
+            f"and --moe-expert-count {experts}; choose one of {sizes}"
         )
-    return asked
+    return requested
 
 
 def make_mesh(size: int) -> Mesh:
-    """Split all workers into groups of `size` neighbours; every worker must call it."""
+    """Split all workers into groups of `size` neighbours. Every worker must call this function."""
     world, rank = dist.get_world_size(), dist.get_rank()
     starts = range(0, world, size)
     groups = [dist.new_group(list(range(i, i + size))) for i in starts]
     across = [dist.new_group(list(range(j, world, size))) for j in range(size)]
     replicas = across[rank % size] if world > size else None
-    return Mesh(groups[rank // size], rank % size, size, replicas, world)
+    return Mesh(
+        group=groups[rank // size], rank=rank % size, size=size, replicas=replicas, world=world
+    )
 
 
-class Share:
-    """One worker's share of a layer's experts.
+class Shard:
+    """One worker's shard of a layer's experts.
 
-    Its stacked parameters hold `slots`, in order. The first slot is `common` to all workers while
-    it holds the base expert, before the split, and for good under `--moe-shared-expert`: every
-    worker then computes it for its own tokens, and its gradients are summed over all of them.
+    Entry i of each stacked parameter is expert `expert_ids[i]`. The first entry is `common` to all
+    workers while it holds the base expert, before the split, and always under
+    `--moe-shared-expert`. Every worker then computes it for its own tokens, and its gradients are
+    summed over all workers.
 
     Args:
-        mesh: of the workers.
-        total: experts of the layer, the shared one included.
-        shared: expert 0 is the shared one.
+        mesh: the mesh of the workers.
+        total: number of experts of the layer, including the shared one.
+        shared: whether expert 0 is a shared expert.
     """
 
     def __init__(self, mesh: Mesh, total: int, *, shared: bool) -> None:
@@ -86,31 +89,32 @@ class Share:
         self.per_worker = (total - shared) // mesh.size
         first = shared + mesh.rank * self.per_worker
         routed = list(range(first, first + self.per_worker))
-        self.slots = [0, *routed] if shared else routed
-        self.split = True
-        """Whether the base expert has split already."""
+        self.expert_ids = [0, *routed] if shared else routed
+        self.has_split = True
+        """Whether the base expert has already split."""
 
-    def __deepcopy__(self, memo: dict) -> "Share":
+    def __deepcopy__(self, memo: dict) -> "Shard":
         return self
 
     @property
     def common(self) -> bool:
-        """Whether the first slot is the same on all workers."""
-        return self.shared or not self.split
+        """Whether the first entry is the same on all workers."""
+        return self.shared or not self.has_split
 
-    def local(self, stacked: Tensor, *, split: bool) -> Tensor:
-        """This worker's part of a stacked tensor (E, ...); a copy.
+    def local(self, stacked: Tensor, *, has_split: bool) -> Tensor:
+        """Return a copy of this worker's part of a stacked tensor (E, ...).
 
         Args:
-            split: whether it is of a time after the split; before, the first slot is expert 0.
+            has_split: whether the tensor dates from after the split. Before it, the first entry is
+                expert 0.
         """
-        own = stacked[self.slots]
-        if not split:
-            own[0] = stacked[0]
-        return own
+        part = stacked[self.expert_ids]
+        if not has_split:
+            part[0] = stacked[0]
+        return part
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
-        """The stacked tensor (E, ...) of all workers' parts, in order of their ranks."""
+        """Join all workers' parts, in the order of ranks, into the stacked tensor (E, ...)."""
         return torch.cat([parts[0], *(p[int(self.shared) :] for p in parts[1:])])
 
 
@@ -118,8 +122,8 @@ _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
 
 @contextmanager
-def sharing(mesh: Mesh | None) -> Iterator[None]:
-    """Layers built within share their experts out over `mesh`; None: each holds all."""
+def distributing(mesh: Mesh | None) -> Iterator[None]:
+    """Shard the experts of layers built in this context over `mesh`; with None, shard nothing."""
     token = _MESH.set(mesh)
     try:
         yield
@@ -127,7 +131,7 @@ def sharing(mesh: Mesh | None) -> Iterator[None]:
         _MESH.reset(token)
 
 
-def share_of(total: int, *, shared: bool) -> Share | None:
-    """This worker's share of a layer that is being built; None: all of its experts."""
+def shard_of_layer(total: int, *, shared: bool) -> Shard | None:
+    """Return this worker's shard of a layer being built, or None if it holds all experts."""
     mesh = _MESH.get()
-    return None if mesh is None else Share(mesh, total, shared=shared)
+    return None if mesh is None else Shard(mesh, total, shared=shared)

@@ -11,7 +11,7 @@ from fairseq_evomoe.tasks.evolution import EvolutionMixin
 
 @dataclass
 class LanguageModelingEvoMoEConfig(EvolutionConfig, LanguageModelingConfig):
-    """fairseq's flags of causal language modelling and the schedule's."""
+    """fairseq's flags of causal language modelling and the flags of the schedule."""
 
 
 @register_task("language_modeling_evomoe", dataclass=LanguageModelingEvoMoEConfig)

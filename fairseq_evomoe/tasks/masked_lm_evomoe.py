@@ -11,7 +11,7 @@ from fairseq_evomoe.tasks.evolution import EvolutionMixin
 
 @dataclass
 class MaskedLMEvoMoEConfig(EvolutionConfig, MaskedLMConfig):
-    """fairseq's flags of masked language modelling and the schedule's."""
+    """fairseq's flags of masked language modelling and the flags of the schedule."""
 
 
 @register_task("masked_lm_evomoe", dataclass=MaskedLMEvoMoEConfig)

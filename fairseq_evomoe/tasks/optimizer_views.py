@@ -1,8 +1,8 @@
-"""Where an optimizer keeps a parameter's float32 master and its moments.
+"""Find a parameter's float32 master and its moments in a fairseq optimizer.
 
 fairseq has four layouts: plain (the parameter itself), memory-efficient half precision (no master,
-moments keyed by the half parameter), fp16 / bf16 with one master a parameter, and fp16 with all
-masters flattened into one tensor a device.
+moments keyed by the half parameter), fp16 / bf16 with one master per parameter, and fp16 with all
+masters flattened into one tensor per device.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class OptimizerViews:
     """Views into a fairseq optimizer's state, in the shape of the model's parameters.
 
     Args:
-        optimizer: a `FairseqOptimizer`, wrapped for mixed precision or not.
+        optimizer: a `FairseqOptimizer`, whether wrapped for mixed precision or not.
 
     Raises:
         ValueError: the optimizer's state is sharded or spread over several devices.
@@ -25,7 +25,7 @@ class OptimizerViews:
     def __init__(self, optimizer: Any) -> None:
         self.inner: torch.optim.Optimizer = optimizer.optimizer
         masters = getattr(optimizer, "fp32_params", None)
-        # parameter -> (tensor that the inner optimizer steps, offset in it; None: as a whole)
+        # parameter -> (tensor that the inner optimizer steps, offset in it or None for all of it)
         self._home: dict[nn.Parameter, tuple[Tensor, int | None]] = {}
         if masters is None:
             return
@@ -50,15 +50,26 @@ class OptimizerViews:
         return whole[offset : offset + parameter.numel()].view(parameter.shape)
 
     def master(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 master of `parameter`; its own data where there is no separate one."""
+        """Return the float32 master of `parameter`, or its data if there is no separate master."""
         if parameter not in self._home:
             return parameter.data
         home, offset = self._home[parameter]
         return self._view(home.data, offset, parameter)
 
     def moments(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """The optimizer state that has one entry a weight (Adam: exp_avg, exp_avg_sq)."""
+        """The optimizer state of a stacked parameter (E, ...) that has one part per expert.
+
+        That is state with one entry per weight (Adam: exp_avg, exp_avg_sq), and factored state that
+        lacks one of the last two axes (Adafactor: exp_avg_sq_row, exp_avg_sq_col).
+        """
         home, offset = self._home.get(parameter, (parameter, None))
+        factored: set[tuple[int, ...]] = set()
+        if home.dim() > 2 and offset is None:
+            factored = {tuple(home.shape[:-1]), (*home.shape[:-2], home.shape[-1])}
         for value in self.inner.state.get(home, {}).values():
-            if isinstance(value, Tensor) and value.shape == home.shape:
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == home.shape:
                 yield self._view(value, offset, parameter)
+            elif tuple(value.shape) in factored:
+                yield value

@@ -1,1 +1,1 @@
-"""Command-line tools; each is a console script and runs with `python -m` as well."""
+"""Command-line tools. Each one is a console script and also runs with `python -m`."""

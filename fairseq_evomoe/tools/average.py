@@ -1,8 +1,9 @@
-"""`evomoe-average`: one checkpoint whose weights are the mean of several.
+"""`evomoe-average`: average the weights of several checkpoints.
 
-Floating-point weights are averaged in float32. Everything else, the evolution state of the MoE
-layers first of all, is the last checkpoint's: half a stage means nothing. Checkpoints from before
-and after the split of the experts, or with different stages, are refused.
+Floating-point weights are averaged in float32. Everything else is copied from the last checkpoint,
+in particular the evolution state of the MoE layers, because a stage cannot be averaged.
+Checkpoints in different stages are refused, for example one from before and one from after the
+split of the experts.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from fairseq_evomoe.tools.checkpoint import EXTRA, command, load, refuse_existin
 
 
 def newest(folder: Path, count: int) -> list[Path]:
-    """The `count` newest `checkpoint_<epoch>_<update>.pt` or `checkpoint<epoch>.pt` of a folder.
+    """Return the `count` newest numbered checkpoints of a folder, oldest first.
+
+    They are named `checkpoint_<epoch>_<update>.pt` or `checkpoint<epoch>.pt`.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: the folder holds fewer than `count`.
     """
     found = []
     for path in folder.glob("checkpoint*.pt"):
@@ -29,21 +32,21 @@ def newest(folder: Path, count: int) -> list[Path]:
         if match:
             by_update = match[1] is not None
             found.append((by_update, int(match[1] or match[2]), path))
-    # updates and epochs do not compare: where both kinds lie, the finer one counts
+    # Update and epoch numbers cannot be compared. If a folder has both kinds, use the finer one.
     finer = [f for f in found if f[0]] or found
     if len(finer) < count:
         raise ValueError(
-            f"{folder} holds {len(finer)} numbered checkpoints, {count} are needed: lower --last, "
-            "or save more (--save-interval-updates N --keep-interval-updates M)"
+            f"{folder} holds {len(finer)} numbered checkpoints, but {count} are needed; lower "
+            "--last, or save more (--save-interval-updates N --keep-interval-updates M)"
         )
     return [path for *_, path in sorted(finer)[-count:]]
 
 
 def average(paths: Sequence[Path]) -> dict[str, Any]:
-    """The last checkpoint's contents, with the mean weights of all.
+    """Return the contents of the last checkpoint with the mean weights of all checkpoints.
 
     Raises:
-        ValueError: the checkpoints are of different models or stages.
+        ValueError: the checkpoints belong to different models or are in different stages.
     """
     result = load(paths[-1])
     model = result["model"]
@@ -53,17 +56,20 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     for path in tqdm(paths, unit="checkpoint", disable=None):
         other = load(path)["model"]
         if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in model.items()}:
-            raise ValueError(f"{path} holds other weights than {paths[-1]}: average one run only")
+            raise ValueError(
+                f"the weights of {path} differ in name or shape from those of {paths[-1]}; average "
+                "checkpoints of one run only"
+            )
         if {k: other[k][1:2].tolist() for k in stages} != stages:
             raise ValueError(
-                f"{path} is in another stage than {paths[-1]}: "
+                f"{path} is in a different stage than {paths[-1]}; "
                 "average checkpoints of one stage only"
             )
         for k in floating:
             total[k] += other[k].float()
     for k in floating:
         model[k] = (total[k] / len(paths)).to(model[k].dtype)
-    # moments belong to the weights of one run, not to a mean
+    # optimizer moments belong to the weights of one checkpoint and do not fit their mean
     result.pop("last_optimizer_state", None)
     return result
 
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     paths = args.inputs
     if args.last is not None:
         if len(paths) != 1 or not paths[0].is_dir() or args.last < 1:
-            raise ValueError("--last N (1 or more) goes with exactly one folder")
+            raise ValueError("--last N needs an N of 1 or more and exactly one folder as input")
         paths = newest(paths[0], args.last)
     refuse_existing(args.output)
     write(average(paths), args.output)
@@ -80,8 +86,10 @@ def run(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    made.add_argument("inputs", nargs="+", type=Path, help="checkpoints, or one folder and --last")
-    made.add_argument("--last", type=int, help="the newest N numbered checkpoints of the folder")
+    made.add_argument(
+        "inputs", nargs="+", type=Path, help="checkpoints, or one folder if --last is given"
+    )
+    made.add_argument("--last", type=int, help="average the N newest checkpoints of the folder")
     made.add_argument("--output", type=Path, required=True)
     return made
 

@@ -1,4 +1,4 @@
-"""What the tools share: reading and writing checkpoints, and whose model a checkpoint holds."""
+"""Functions that the tools share: read and write checkpoints, and identify the model in one."""
 
 import argparse
 import dataclasses
@@ -19,8 +19,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 
 from fairseq_evomoe import compat
-from fairseq_evomoe.config import Flags
-from fairseq_evomoe.parallel import shards
+from fairseq_evomoe.old_names import upgrade_flags
+from fairseq_evomoe.options import Flags
+from fairseq_evomoe.parallel import sharded_files
 
 EXTRA = "_extra_state"
 FAMILIES = {
@@ -28,33 +29,38 @@ FAMILIES = {
     TransformerLanguageModel: "transformer_lm_evomoe",
     RobertaModel: "roberta_evomoe",
 }
-"""Classes of dense models -> our model of the same family."""
+"""Maps each class of dense models to the name of our model of the same family."""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, under torch's restrictions on what it may contain.
+    """Load a checkpoint onto the CPU with `weights_only=True`, torch's limit on its contents.
+
+    Experts that are stored in a folder beside the checkpoint are loaded as well.
 
     Raises:
-        ValueError: it is no fairseq checkpoint.
+        ValueError: the file is not a fairseq checkpoint.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
-        # torch raises half a dozen kinds, from KeyError and UnpicklingError to OSError
+        # torch raises half a dozen kinds of errors, from KeyError and UnpicklingError to OSError
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint, or a damaged one: {first}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise ValueError(f"{path} is not a checkpoint of fairseq: it holds no model")
-    return shards.resolve(state, path.parent, whole=True)
+        raise ValueError(f"{path} is not a checkpoint of fairseq because it holds no model")
+    if isinstance(state.get("cfg"), dict):
+        upgrade_flags(state["cfg"].get("model"))
+    return sharded_files.resolve(state, path.parent, whole=True)
 
 
 def build(path: Path, data: str | None) -> tuple[Any, Any, Any]:
-    """(model, configuration, task) of a checkpoint, as fairseq's own commands build them.
+    """Build (model, configuration, task) of a checkpoint in the way fairseq's own commands do.
 
     Args:
-        data: folder with the dictionaries; None: the one named in the checkpoint.
+        path: the checkpoint.
+        data: folder with the dictionaries. None means the folder named in the checkpoint.
     """
     overrides = {"data": data} if data else None
     (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
@@ -62,24 +68,26 @@ def build(path: Path, data: str | None) -> tuple[Any, Any, Any]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse an output before any work is done.
+    """Refuse an output path that cannot be used, before any work is done.
 
     Raises:
         FileExistsError: `path` exists.
-        FileNotFoundError: its folder does not.
+        FileNotFoundError: the folder of `path` does not exist.
     """
     if path.exists():
-        raise FileExistsError(f"{path} exists and is not overwritten: remove it, or choose another")
+        raise FileExistsError(f"{path} exists and is not overwritten; remove it, or choose another")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.absolute().parent}")
 
 
 @contextmanager
 def in_place_of(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it at the end, removed after an error.
+    """Yield a temporary path beside `path`, to which the caller writes.
+
+    The file or folder there is renamed to `path` at the end, or removed after an error.
 
     Raises:
-        FileExistsError, FileNotFoundError: as `refuse_existing`.
+        FileExistsError, FileNotFoundError: as in `refuse_existing`.
     """
     refuse_existing(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -94,7 +102,7 @@ def in_place_of(path: Path) -> Iterator[Path]:
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Save under a temporary name, then rename: `path` is whole or not there.
+    """Save under a temporary name, then rename it, so that `path` is never incomplete.
 
     Raises:
         FileExistsError: `path` exists.
@@ -104,35 +112,37 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def flags_of(checkpoint: dict[str, Any]) -> Any:
-    """The model's flags in a checkpoint: a Namespace, or a dictionary of a dataclass model.
+    """Return the model's flags from a checkpoint.
+
+    They are a Namespace, or a dictionary if the model is configured by a dataclass.
 
     Raises:
-        ValueError: the checkpoint is too old to say.
+        ValueError: the checkpoint is too old to hold them.
     """
     cfg = checkpoint.get("cfg")
     if not cfg or "model" not in cfg:
-        raise ValueError("the checkpoint has no `cfg`: save it anew with a current fairseq")
+        raise ValueError("the checkpoint has no `cfg`; save it again with a current fairseq")
     return cfg["model"]
 
 
 def read_flag(flags: Any, name: str, default: Any = None) -> Any:
-    """A flag of a model, however it is stored."""
+    """Read one of a model's flags from a Namespace or a dictionary."""
     get = flags.get if hasattr(flags, "get") else lambda n, d: getattr(flags, n, d)
     return get(name, default)
 
 
 def with_flags(flags: Any, **changes: Any) -> Any:
-    """A copy of a model's flags with some changed."""
+    """Return a copy of a model's flags with some of them changed."""
     if isinstance(flags, Namespace):
         return Namespace(**{**vars(flags), **changes})
     return {**flags, **changes}
 
 
 def model_class(flags: Any) -> type:
-    """The registered class of a model.
+    """Return the class that is registered for a model.
 
     Raises:
-        ValueError: this environment does not know it.
+        ValueError: no such model is registered.
     """
     name = read_flag(flags, "_name") or read_flag(flags, "arch")
     found = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
@@ -142,10 +152,10 @@ def model_class(flags: Any) -> type:
 
 
 def target_model(flags: Any) -> str:
-    """Name of our model for the family of a dense one.
+    """Return the name of our model that belongs to the same family as a dense model.
 
     Raises:
-        ValueError: the model is of another family.
+        ValueError: we have no model of its family.
     """
     cls = model_class(flags)
     ours = cls.__module__.startswith("fairseq_evomoe.")
@@ -153,16 +163,19 @@ def target_model(flags: Any) -> str:
         if cls is base or (ours and issubclass(cls, base)):
             return name
     known = ", ".join(c.__name__ for c in FAMILIES)
-    raise ValueError(f"{cls.__name__} cannot be converted: only {known} and our own dense models")
+    raise ValueError(f"{cls.__name__} cannot be converted; give {known} or one of our dense models")
 
 
 def built(flags: Any) -> Any:
-    """Flags as `build_model` wants them: fairseq hands dataclass models a DictConfig."""
+    """Return the flags in the form that `build_model` expects.
+
+    fairseq passes a DictConfig to models that are configured by a dataclass.
+    """
     return OmegaConf.create(flags) if isinstance(flags, dict) else flags
 
 
 def command_line(flags: Flags) -> str:
-    """The flags that are not at their defaults, as a command line has them."""
+    """Format the flags that differ from their defaults as on a command line."""
     words = []
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
@@ -178,10 +191,13 @@ def command(
     run: Callable[[Namespace], None],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """A console script: parse, mend fairseq, run; errors of the user end in one line."""
+    """Run a console script: parse the arguments, patch fairseq, and call `run`.
+
+    An OSError or ValueError of `run` ends the script with one line on stderr and exit code 1.
+    """
     parser.prog = name
     args = parser.parse_args(argv)
-    compat.mend()
+    compat.apply_patches()
     try:
         run(args)
     except (OSError, ValueError) as error:

@@ -1,10 +1,10 @@
-"""What a model costs per token, beside its dense twin: parameters, MACs, bytes of weights read.
+"""Cost per token of a model and its dense counterpart: parameters, MACs, bytes of weights read.
 
-Letters: s context length, D width, F hidden width of the dense FFN, t bits a table (tau).
+Letters: s context length, D width, F hidden width of the dense FFN, t bits per table (tau).
 
-One MAC is a multiplication and an addition: 2 FLOPs where FLOPs are counted strictly, 1 in the
-tables of the MemoryFormer paper (arXiv 2411.12992). Norms, softmax, hashing and embeddings are left
-out, as there. Attention is counted over s positions, causal or not.
+One MAC is one multiplication and one addition. It is 2 FLOPs in a strict count and 1 FLOP in the
+tables of the MemoryFormer paper (arXiv 2411.12992). As in that paper, norms, softmax, hashing and
+embeddings are not counted. Attention is counted over s positions, whether it is causal or not.
 """
 
 from collections.abc import Iterator
@@ -14,42 +14,44 @@ from typing import Any
 from fairseq.modules import MultiheadAttention
 from torch import nn
 
+from fairseq_evomoe.memory.attention import MemoryAttention
+from fairseq_evomoe.memory.experts import MemoryBank
+from fairseq_evomoe.memory.layer import MemoryLayer
 from fairseq_evomoe.modules.gates import ScoreGate
-from fairseq_evomoe.modules.memory_experts import MemoryBank
-from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryLayer
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import read_flag
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
-"""Of a weight, by its type."""
+"""Bytes per weight for each dtype."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part, per token.
+    """Cost of one part of a model, per token.
 
     Attributes:
-        kind: attention, ffn, experts, gate, output.
-        macs: multiply-accumulates.
-        reads: weights read for one token alone, as in decoding at batch 1.
-        parameters: weights stored.
-        twin_macs, twin_parameters: of the dense part in its place.
+        kind: what the part is: attention, ffn, experts, gate or output.
+        macs: number of multiply-accumulates.
+        reads: number of weights read for a single token, as in decoding at batch size 1.
+        parameters: number of weights stored.
+        dense_macs, dense_parameters: `macs` and `parameters` of its dense counterpart, 0 for a
+        gate.
     """
 
     kind: str
     macs: float
     reads: float
     parameters: float
-    twin_macs: float
-    twin_parameters: float
+    dense_macs: float
+    dense_parameters: float
 
 
 def paper_block(s: int, d: int, bits: int | None = None) -> float:
-    """MACs of one block over s positions by the paper's formulas (section 2.4).
+    """Return the MACs of one block over s positions by the paper's formulas (section 2.4).
 
-    Dense 2 s^2 d + 12 s d^2; with look-ups of `bits` a table 2 s^2 d + (6 / t) s d^2, where 6 is
-    the paper's rounding of 5.25.
+    A dense block has 2 s^2 d + 12 s d^2. With look-ups of t = `bits` bits per table it has
+    2 s^2 d + (6 / t) s d^2, where 6 is the paper's rounding of 5.25.
     """
     return 2 * s * s * d + (12 if bits is None else 6 / bits) * s * d * d
 
@@ -67,27 +69,21 @@ def _look_up(layer: MemoryLayer) -> int:
 
 
 def active_experts(layer: EvoMoELayer) -> float:
-    """Routed experts a token uses in evaluation where the rule fixes it, else all of them."""
-    cfg = layer.cfg
-    if cfg.moe_gate == "dts" and layer.clock.stage == Stage.HARD:
-        return cfg.dts_top_k
-    if cfg.moe_gate == "expert_choice":
-        return cfg.moe_capacity_factor or 1
-    fixed = {"switch": 1, "base": 1, "hash": 1, "stable": 1, "gshard": 2, "topk": cfg.moe_top_k}
-    return fixed.get(cfg.moe_gate, cfg.moe_expert_count)
+    """Routed experts that a token uses in evaluation, or the largest possible number of them."""
+    return layer.gate.experts_per_token(layer.cfg, layer.phase.stage)
 
 
 def _attention(module: MultiheadAttention, context: int) -> Cost:
     d = module.embed_dim
     scores = 2 * context * d
-    twin = 2 * d * d + d * (module.kdim + module.vdim)
+    dense = 2 * d * d + d * (module.kdim + module.vdim)
     if isinstance(module, MemoryAttention):
         macs = sum(_look_up(m) for m in module.modules() if isinstance(m, MemoryLayer))
         macs += sum(_linear(m) for m in module.modules() if isinstance(m, nn.Linear))
     else:
-        macs = twin
+        macs = dense
     biases = 4 * d
-    return Cost("attention", macs + scores, macs, _size(module), twin + scores, twin + biases)
+    return Cost("attention", macs + scores, macs, _size(module), dense + scores, dense + biases)
 
 
 def _experts(layer: EvoMoELayer, hidden: int) -> list[Cost]:
@@ -98,23 +94,23 @@ def _experts(layer: EvoMoELayer, hidden: int) -> list[Cost]:
     else:
         d = bank.b2.size(1)  # type: ignore[union-attr, operator]
         one = 2 * d * bank.hidden
-    used = 1 if layer.clock.stage == Stage.DIVERSIFY else active_experts(layer) + bank.shared
-    twin = 2 * d * hidden
-    routed = isinstance(layer.gate, ScoreGate) and layer.clock.stage != Stage.DIVERSIFY
+    used = 1 if layer.phase.stage == Stage.DIVERSIFY else active_experts(layer) + bank.shared
+    dense = 2 * d * hidden
+    routed = isinstance(layer.gate, ScoreGate) and layer.phase.stage != Stage.DIVERSIFY
     gate = d * cfg.moe_expert_count if routed else 0
     return [
-        Cost("experts", used * one, used * one, _size(bank), twin, twin + d + hidden),
+        Cost("experts", used * one, used * one, _size(bank), dense, dense + d + hidden),
         Cost("gate", gate, gate, _size(layer.gate), 0, 0),
     ]
 
 
 def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator[Cost]:
-    """The parts of a built Transformer, one by one.
+    """Yield the cost of each part of a built Transformer.
 
     Args:
-        model: of this package, or of fairseq.
-        context: s, positions that a token attends to.
-        hidden: F of the dense twin, {"encoder": F, "decoder": F}.
+        model: a Transformer of this package or of fairseq.
+        context: s, the number of positions that a token attends to.
+        hidden: F of the dense counterpart, {"encoder": F, "decoder": F}.
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -138,11 +134,11 @@ def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator
         seen.update(id(m) for m in module.modules())
 
 
-_SUMMED = ("macs", "reads", "parameters", "twin_macs", "twin_parameters")
+_SUMMED = ("macs", "reads", "parameters", "dense_macs", "dense_parameters")
 
 
 def total(parts: list[Cost]) -> dict[str, dict[str, float]]:
-    """Sums by kind, and over all under "total"."""
+    """Sum the costs of each kind, and those of all parts under the key "total"."""
     made: dict[str, dict[str, float]] = {}
     for part in parts:
         for kind in (part.kind, "total"):
@@ -153,18 +149,19 @@ def total(parts: list[Cost]) -> dict[str, dict[str, float]]:
 
 
 def per_token(model: nn.Module, flags: Any, *, context: int, dtype: str) -> dict[str, dict]:
-    """Costs by kind of a model, with the bytes of weights that a token reads.
+    """Return a model's costs by kind, with the bytes of weights that a token reads.
 
     Args:
-        flags: of the model, which say how wide the dense twin's FFN is.
-        context: positions that a token attends to.
-        dtype: of the weights, for the bytes: one of `BYTES`.
+        model: a Transformer of this package or of fairseq.
+        flags: the model's flags, from which the FFN width of the dense counterpart is read.
+        context: number of positions that a token attends to.
+        dtype: dtype of the weights, a key of `BYTES`.
     """
     hidden = {s: read_flag(flags, f"{s}_ffn_embed_dim") for s in ("encoder", "decoder")}
-    # fairseq's rule: a decoder without a width of its own has the encoder's
+    # as in fairseq, a decoder for which no width is given has the encoder's
     hidden["decoder"] = hidden["decoder"] or hidden["encoder"]
     rows = total(list(costs(model, context=context, hidden=hidden)))
     for row in rows.values():
         row["bytes"] = row["reads"] * BYTES[dtype]
-        row["twin_bytes"] = (row["twin_macs"] - (row["macs"] - row["reads"])) * BYTES[dtype]
+        row["dense_bytes"] = (row["dense_macs"] - (row["macs"] - row["reads"])) * BYTES[dtype]
     return rows

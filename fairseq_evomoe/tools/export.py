@@ -1,8 +1,9 @@
-"""`evomoe-export`: a checkpoint as safetensors and JSON, and back, bit for bit.
+"""`evomoe-export`: convert a checkpoint to safetensors and JSON, and back, bit for bit.
 
-A folder holds `model.safetensors` (weights, evolution state) and `config.json` (every flag, number
-of updates, which tensors are one and the same). No pickle: safe to share and to read elsewhere.
-Optimizer state stays behind. Given such a folder, the tool writes the checkpoint again.
+The exported folder holds `model.safetensors` (weights and evolution state) and `config.json` (every
+flag, the number of updates, and which tensors are tied). It contains no pickled data, so it is safe
+to share and can be read by other software. Optimizer state is not exported. If the input is such a
+folder, the tool writes the checkpoint again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from fairseq_evomoe.kernels.lookup import quantise
+from fairseq_evomoe.kernels.lookup.score import quantise
 from fairseq_evomoe.tools.checkpoint import (
     command,
     flags_of,
@@ -34,19 +35,19 @@ _KEPT = ("args", "cfg", "optimizer_history", "task_state")
 _TAG = "__python__"
 
 
-def _safetensors():
+def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ValueError("needs safetensors: pip install 'fairseq-evomoe[export]'") from error
+        raise ValueError("safetensors is missing: pip install 'fairseq-evomoe[export]'") from error
     return safetensors.torch
 
 
 def encode(value: Any) -> Any:
-    """Plain Python data as JSON that `decode` turns into the same again.
+    """Encode plain Python data as JSON, from which `decode` restores equal values and types.
 
     Raises:
-        ValueError: something else than numbers, text, containers and Namespaces.
+        ValueError: the data holds other types than numbers, text, containers and Namespaces.
     """
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True, enum_to_str=True)
@@ -84,11 +85,11 @@ def decode(value: Any) -> Any:
 
 
 def export(source: Path, folder: Path) -> None:
-    """Write the checkpoint `source` as a folder.
+    """Export the checkpoint `source` to a folder.
 
     Raises:
         FileExistsError: `folder` exists.
-        ValueError: the checkpoint holds what JSON cannot.
+        ValueError: the checkpoint holds data that JSON cannot represent.
     """
     safetensors = _safetensors()
     refuse_existing(folder)
@@ -117,15 +118,15 @@ def export(source: Path, folder: Path) -> None:
 
 
 def restore(folder: Path) -> dict[str, Any]:
-    """The checkpoint that an exported folder holds.
+    """Read the checkpoint back from an exported folder.
 
     Raises:
-        ValueError: the folder is not one of ours, or its two files do not fit together.
+        ValueError: `evomoe-export` did not write the folder, or its two files do not match.
     """
     safetensors = _safetensors()
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no {name}: it was not written by evomoe-export")
+            raise ValueError(f"{folder} holds no {name}; it was not written by evomoe-export")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -145,21 +146,21 @@ def restore(folder: Path) -> dict[str, Any]:
 
 
 def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
-    """The checkpoint at `source` with its look-up tables as "bf16", or "int8" with a scale a row.
+    """Convert the look-up tables of a checkpoint to "bf16", or to "int8" with one scale per row.
 
-    Smaller, for inference: fairseq-generate and the others read it like any checkpoint. Optimizer
-    state stays behind.
+    The result is smaller and serves for inference only. fairseq-generate and fairseq's other
+    commands read it like any checkpoint. Optimizer state is left out.
 
     Raises:
-        ValueError: there are no tables to convert.
+        ValueError: the checkpoint has no tables that can be converted.
     """
     checkpoint = load(source)
     flags = flags_of(checkpoint)
     if read_flag(flags, "memory_tables", "trained") != "trained":
-        raise ValueError(f"{source}: its tables are converted already")
+        raise ValueError(f"--tables: the tables of {source} are converted already")
     model = checkpoint["model"]
     if any(name.endswith("experts.tables1") for name in model):
-        raise ValueError("--tables: memory experts (--expert-type memory) stay as they are")
+        raise ValueError("--tables: memory experts (--moe-expert-type memory) cannot be converted")
     tables = [name for name in model if name.endswith(".tables")]
     if not tables:
         raise ValueError(f"--tables: {source} has no look-up layer")
@@ -188,12 +189,12 @@ def run(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    made.add_argument("source", type=Path, help="a checkpoint, or an exported folder")
-    made.add_argument("--output", type=Path, required=True, help="the folder, or the checkpoint")
+    made.add_argument("source", type=Path, help="a checkpoint or an exported folder")
+    made.add_argument("--output", type=Path, required=True, help="folder or checkpoint to write")
     made.add_argument(
         "--tables",
         choices=("bf16", "int8"),
-        help="write a checkpoint with smaller look-up tables instead, for inference",
+        help="write a checkpoint with look-up tables of this dtype instead, for inference",
     )
     return made
 

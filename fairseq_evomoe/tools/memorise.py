@@ -1,28 +1,29 @@
-"""`evomoe-memorise`: a dense checkpoint becomes a MemoryFormer that training continues from.
+"""`evomoe-memorise`: convert a dense checkpoint to a MemoryFormer from which training continues.
 
-Linear maps of attention and feed-forward networks are replaced by look-ups (MemoryFormer, arXiv
-2411.12992) whose tables are fitted to them: first without data, to what the maps do to normal
-inputs, then on batches of a data set, layer after layer, to what the dense model's own layers give
-there. What remains of the difference is for ordinary training. Dense models of fairseq
-(transformer, transformer_lm, roberta) and of this package are understood; optimizer state stays
-behind. Printed: how much of the variance of each dense layer's output every step keeps, and the
-loss of every step on a validation set.
+Linear layers of attention and feed-forward networks are replaced by look-ups (MemoryFormer, arXiv
+2411.12992), whose tables are fitted to the dense layers in two steps. The first step needs no data:
+it fits the tables to the dense layers' outputs on normally distributed inputs. The second step,
+calibration, runs batches of a data set through the model and fits one layer after another to the
+dense model's outputs. Ordinary training then reduces the difference that is left. The tool converts
+dense models of fairseq (transformer, transformer_lm, roberta) and of this package. Optimizer state
+is left out. For each step the tool prints the share of the variance of each dense layer's output
+that is kept, and the loss on a validation set.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fairseq_evomoe.memory_config import MemoryConfig
-from fairseq_evomoe.modules.memory_fit import fit, linear_tables
-from fairseq_evomoe.modules.memory_layer import MemoryFFN
+from fairseq_evomoe.memory.config import MemoryConfig, OutputProjection
+from fairseq_evomoe.memory.fit import fit, linear_tables
+from fairseq_evomoe.memory.layer import MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.tools.checkpoint import (
     build,
@@ -36,33 +37,37 @@ from fairseq_evomoe.tools.checkpoint import (
     with_flags,
     write,
 )
-from fairseq_evomoe.tools.twins import Unit, Watch, units, variance_kept
+from fairseq_evomoe.tools.dense_counterparts import Unit, Watch, units, variance_kept
 from fairseq_evomoe.tools.validation import batches, measure
 
 
 @torch.no_grad()
 def _directions(ffn: MemoryFFN, generator: torch.Generator) -> None:
-    """The first half of a memory FFN, which decides what the second half hashes.
+    """Fill the first look-up of a memory FFN, whose output the second look-up hashes.
 
-    Of the t + delta values that a table of the second half hashes, t are the table's own slice of
-    the input, whose signs arrive unchanged, and delta are random directions of all of it.
+    Each table of the second look-up hashes t + delta values. Of these, t are the table's slice of
+    the FFN's input, with unchanged signs, and delta are random projections of the whole input.
     """
-    first, bits = ffn.first, ffn.second.bits
+    first, bits = ffn.first, ffn.second.rule.bits
     width = first.tables.size(2)
-    weight = torch.randn(width, first.width, generator=generator) / first.width**0.5
-    at = torch.arange(first.width)
-    row = at // first.bits * bits + at % first.bits
+    weight = torch.randn(width, first.rule.width, generator=generator) / first.rule.width**0.5
+    at = torch.arange(first.rule.width)
+    row = at // first.rule.bits * bits + at % first.rule.bits
     weight[row] = 0
     weight[row, at] = 1
-    first.tables.copy_(linear_tables(first, weight) / first.scale)
+    first.tables.copy_(linear_tables(first, weight) / first.rule.scale)
 
 
 @torch.no_grad()
 def start(made: Sequence[Unit], *, samples: int, seed: int) -> None:
-    """Fill all look-ups without data: fitted to normal inputs behind the dense model's norms."""
+    """Fill all look-ups without data, by a fit on normally distributed inputs.
+
+    The inputs are standard normal values with the scale and bias of the dense model's preceding
+    norm, if there is one.
+    """
     generator = torch.Generator().manual_seed(seed)
     for unit in tqdm(made, desc="without data", unit="layer", disable=None):
-        width = unit.layer.width if unit.ffn is None else unit.ffn.first.width
+        width = unit.layer.rule.width if unit.ffn is None else unit.ffn.first.rule.width
         x = torch.randn(samples, width, generator=generator)
         if unit.norm is not None:
             x = x * unit.norm.weight.float() + unit.norm.bias.float()
@@ -71,7 +76,7 @@ def start(made: Sequence[Unit], *, samples: int, seed: int) -> None:
             _directions(unit.ffn, generator)
             x = unit.ffn.norm(unit.ffn.first(x))
         prior = None if unit.weight is None else linear_tables(unit.layer, unit.weight)
-        # of a linear map the prior is nearly the best there is
+        # for a linear layer the prior is close to the best fit, so it gets more weight
         fit(unit.layer, x, y, prior=prior, strength=8 if prior is None else 64)
 
 
@@ -81,24 +86,25 @@ def calibrate(
 ) -> None:
     """Fit every look-up, in forward order, to the dense layer's outputs on real inputs.
 
-    A look-up reads what the look-ups before it give, so it also makes up for their errors.
+    A look-up reads the outputs of the look-ups before it, so its fit also compensates their errors.
     """
     for unit in tqdm(made, desc="calibration", unit="layer", disable=None):
         watch = Watch()
         watch.inputs(unit)
         x = watch.run(ours, samples)[unit.name]
-        prior = unit.layer.tables.float() * unit.layer.scale
+        prior = unit.layer.tables.float() * unit.layer.rule.scale
         fit(unit.layer, x, wanted[unit.name], prior=prior)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a conversion step left.
+    """Result of one conversion step.
 
     Attributes:
-        name: of the step.
-        loss: of the task on the validation set.
-        kept: look-up -> share of the dense output's variance, on batches not used to fit.
+        name: name of the step.
+        loss: loss of the task on the validation set.
+        kept: for each look-up, the share of the dense output's variance that it keeps, on batches
+            that were not used for the fit.
     """
 
     name: str
@@ -117,14 +123,20 @@ def memorise(
     max_tokens: int,
     data: str | None = None,
 ) -> tuple[dict[str, Any], list[Step]]:
-    """The MemoryFormer checkpoint made from the dense one at `path`, and what each step left.
+    """Convert the dense checkpoint at `path` to a MemoryFormer.
 
     Args:
-        memory: the flags of look-ups.
-        tokens: of `subset`, to calibrate on; 0: only the start without data.
-        subset, valid_subset: names of data sets.
-        max_tokens: a batch.
-        data: folder with the data; None: the one named in the checkpoint.
+        path: the dense checkpoint.
+        memory: the flags of the look-ups.
+        seed: seed of the new parameters and of the random inputs of the fit.
+        tokens: number of tokens of `subset` to calibrate on. With 0, only the step without data is
+            done.
+        subset, valid_subset: names of the data sets for calibration and for the loss.
+        max_tokens: maximum number of tokens per batch.
+        data: folder with the data. None means the folder named in the checkpoint.
+
+    Returns:
+        The new checkpoint, and the result of each step.
 
     Raises:
         ValueError: the model cannot be converted; the message says why.
@@ -134,7 +146,7 @@ def memorise(
     name = target_model(flags)
     dense, cfg, task = build(path, data)
     if moe_layers(dense):
-        raise ValueError(f"{path} has experts: look-ups replace dense layers")
+        raise ValueError(f"{path} has experts; give a dense checkpoint")
     dense.eval()
     changes = {k: v for k, v in vars(memory).items() if k != "_name"}
     flags = with_flags(flags, _name=name, arch=name, moe_freq=0, **changes)
@@ -147,7 +159,9 @@ def memorise(
     ours.eval()
     made = units(ours, dense)
     if not made:
-        raise ValueError("--memory-layers: names no layer of this model")
+        raise ValueError(
+            "--memory-layers names no layer of this model; give all, or numbers from 0 on"
+        )
     task.load_dataset(subset)
     task.load_dataset(valid_subset)
 
@@ -158,7 +172,7 @@ def memorise(
     for sample in batches(dense, task, subset, max_tokens, shuffle=True):
         if not sample:
             continue
-        # a quarter of what is read is for testing alone
+        # a quarter of the batches read is used for testing only
         (testing if len(testing) * 3 < len(fitting) else fitting).append(sample)
         read += sample["ntokens"]
         if read >= goal * 4 / 3 and testing:
@@ -201,7 +215,11 @@ def run(args: argparse.Namespace) -> None:
             "--memory-out-proj",
             "the dense model has an output projection; choose dense to keep it, or memory",
         )
-    memory.need(memory.memory_tables == "trained", "--memory-tables", "evomoe-export makes these")
+    memory.need(
+        memory.memory_tables == "trained",
+        "--memory-tables",
+        "leave the flag out; evomoe-export --tables converts trained tables",
+    )
     memory.check()
     if args.tokens < 0:
         raise ValueError(f"--tokens {args.tokens}: must be 0 (no calibration) or more")
@@ -221,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
     for layer in steps[-1].kept:
         print(f"{layer:<44}" + "".join(f"{s.kept[layer]:>14.3f}" for s in steps[1:]))
     print(f"loss on {args.valid_subset}: " + ", ".join(f"{s.name} {s.loss:.3f}" for s in steps))
-    print(f"wrote {args.output}; to train what is left, add to the dense run's flags:")
+    print(f"wrote {args.output}; to continue training, add to the dense run's flags:")
     print(
         "  --user-dir fairseq_evomoe --task <its task>_evomoe --criterion moe_<its criterion> "
         f"--arch {target_model(flags_of(checkpoint))} <its sizes> --moe-freq 0 "
@@ -234,15 +252,21 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], conflict_handler="resolve")
     made.add_argument("checkpoint", type=Path, help="dense checkpoint")
     made.add_argument("--output", type=Path, required=True)
-    made.add_argument("--data", help="folder with the data; default: the checkpoint's")
+    made.add_argument(
+        "--data", help="folder with the data; default: the folder named in the checkpoint"
+    )
     made.add_argument("--seed", type=int, default=1)
     made.add_argument(
-        "--tokens", type=int, default=32768, help="to calibrate on; 0: start without data only"
+        "--tokens",
+        type=int,
+        default=32768,
+        help="number of tokens to calibrate on; with 0 the tables are fitted without data only",
     )
     made.add_argument("--subset", default="train", help="data set to calibrate on")
     made.add_argument("--valid-subset", default="valid", help="data set to measure the loss on")
-    made.add_argument("--max-tokens", type=int, default=4096, help="in a batch")
-    gen_parser_from_dataclass(made, MemoryConfig(memory_out_proj="dense"), with_prefix="")
+    made.add_argument("--max-tokens", type=int, default=4096, help="tokens per batch")
+    defaults = MemoryConfig(memory_out_proj=cast(OutputProjection, "dense"))
+    gen_parser_from_dataclass(made, defaults, with_prefix="")
     return made
 
 

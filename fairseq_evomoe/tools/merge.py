@@ -1,7 +1,7 @@
-"""evomoe-merge: a checkpoint whose experts are in a folder beside it -> one ordinary file.
+"""`evomoe-merge`: merge a checkpoint and the folder of its experts into one ordinary file.
 
-`fairseq-generate` and the other tools read such a checkpoint as it is; merged, it can be moved
-without the folder, and read where this package is not installed.
+`fairseq-generate` and the other tools also read the checkpoint unmerged. The merged file can be
+moved without the folder, and it can be read where this package is not installed.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from fairseq_evomoe.tools import checkpoint
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read everything, write one file."""
+    """Read the checkpoint with its experts and write one file."""
     checkpoint.refuse_existing(args.output)
     state = checkpoint.load(args.checkpoint)
     checkpoint.write(state, args.output)
@@ -22,10 +22,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Make one ordinary file of a checkpoint written with --expert-parallel-save "
-        "sharded."
+        description="Merge a checkpoint written with --expert-parallel-save sharded into one "
+        "ordinary file."
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint; its folder of experts beside it")
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint, in the same folder as the folder of its experts"
+    )
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     checkpoint.command("evomoe-merge", parser, run, argv)
 

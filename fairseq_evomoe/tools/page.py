@@ -1,4 +1,4 @@
-"""`evomoe-report page`: runs, experts and scores on one self-contained HTML page."""
+"""`evomoe-report page`: show runs, experts and scores on one self-contained HTML page."""
 
 import argparse
 import html
@@ -21,7 +21,7 @@ svg{max-width:100%;height:auto}figcaption,.note{color:#444}figure{margin:1rem 0}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; numbers to the right, text after the first column marked as such."""
+    """Format an HTML table. Cells with long text get the class `text`, which aligns them left."""
 
     def cell(value: Any) -> str:
         shown = str(value)
@@ -36,7 +36,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def summary(logs: Sequence[RunLog]) -> str:
-    """One row a run: where it stands, and its best validation."""
+    """Format a table with one row per run: its latest metrics and its best validation loss."""
     rows = []
     for log in logs:
         last = log.train[-1]
@@ -56,10 +56,10 @@ def summary(logs: Sequence[RunLog]) -> str:
 
 
 def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
-    """BLEU and chrF with 95 % intervals of 1000 bootstrap resamples.
+    """Format a table of BLEU and chrF with 95 % intervals from 1000 bootstrap resamples.
 
     Raises:
-        ValueError: files of different lengths.
+        ValueError: the files have different numbers of lines.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -69,7 +69,7 @@ def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
     for name, path in hypotheses:
         found = lines(path)
         if len(found) != len(truth):
-            raise ValueError(f"{path}: {len(found)} lines, {reference}: {len(truth)}")
+            raise ValueError(f"{path} has {len(found)} lines, but {reference} has {len(truth)}")
         row = [name]
         for metric in (BLEU(), CHRF()):
             score = metric.corpus_score(found, [truth], n_bootstrap=1000)
@@ -81,14 +81,18 @@ def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
 
 
 def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str, str]]:
-    """What a checkpoint tells: costs, how alike its experts are, which words they get."""
+    """Yield the sections about a checkpoint.
+
+    They show what a token costs, how similar the experts are, which words each expert gets, and how
+    many experts a token uses.
+    """
     from fairseq_evomoe.modules.moe_layer import moe_layers
     from fairseq_evomoe.tools import pictures
     from fairseq_evomoe.tools.specialists import activity, similarity, specialists, watch
 
     model, cfg, task = checkpoint.build(args.checkpoint, args.data)
     costs = per_token(model, cfg.model, context=args.context, dtype=args.dtype)
-    names = ["macs", "twin_macs", "bytes", "twin_bytes", "parameters", "twin_parameters"]
+    names = ["macs", "dense_macs", "bytes", "dense_bytes", "parameters", "dense_parameters"]
     rows = [[kind, *(row[n] / 1e6 for n in names)] for kind, row in costs.items()]
     rows.sort(key=lambda row: row[0] == "total")
     head = ["per token, millions", "MACs", "dense", "bytes read", "dense", "weights", "dense"]
@@ -96,7 +100,7 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
 
     if not moe_layers(model):
         return
-    note = '<p class="note">Cosine of each two experts&#39; weights: 1 is the same expert.</p>'
+    note = '<p class="note">Cosine of each pair of experts&#39; weights. Equal experts have 1.</p>'
     yield (
         "How alike the experts are",
         note + picture("likeness", pictures.likeness(similarity(model))),
@@ -112,10 +116,15 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
     for layer, experts in found.items():
         language = languages.get(layer.split(".")[0]) or ""
         for e, expert in enumerate(experts):
-            words = ", ".join(f"{w} ({share:.0%} of {n})" for w, n, share in expert.words)
+            words = ", ".join(f"{w} ({share:.0%}, {n} times)" for w, n, share in expert.words)
             where = f"{layer} {language}".strip()
-            rows.append([where, e, f"{expert.share:.1%}", words or "no word more than its share"])
-    head = ["layer, language", "expert", "share of load", "words that come more than their share"]
+            rows.append([where, e, f"{expert.share:.1%}", words or "no over-represented word"])
+    head = [
+        "layer, language",
+        "expert",
+        "share of load",
+        "over-represented words (share and number of occurrences routed here)",
+    ]
     yield "Which words go where", table(head, rows)
     used = {layer: activity(s) for layer, s in seen.items()}
     if all(a.mean == round(a.mean) for a in used.values()):
@@ -127,7 +136,7 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
             for i, (n, tokens, mean) in enumerate(a.by_frequency, 1)
         ]
         rows += [
-            [layer, f"place {first} to {last} of the sentence", tokens, mean]
+            [layer, f"positions {first} to {last} of the sentence", tokens, mean]
             for first, last, tokens, mean in a.by_place
         ]
     head = ["layer", "which tokens", "tokens", "active experts"]
@@ -135,7 +144,7 @@ def model_sections(args: argparse.Namespace, picture: Any) -> Iterator[tuple[str
 
 
 def sections(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(heading, HTML) of each part for which there is something to show."""
+    """Yield (heading, HTML) of each section that the given files have data for."""
     from fairseq_evomoe.tools import pictures
 
     def picture(name: str, figure: Any) -> str:
@@ -160,7 +169,7 @@ def sections(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def named(text: str) -> tuple[str, Path]:
-    """NAME=PATH, or PATH alone, named after its folder."""
+    """Parse NAME=PATH, or PATH alone, for which the name of its folder is used."""
     name, _, path = text.rpartition("=")
     return name or Path(path).absolute().parent.name, Path(path)
 
@@ -168,38 +177,40 @@ def named(text: str) -> tuple[str, Path]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log", type=named, action="append", default=[], metavar="[NAME=]FILE",
-        help="what fairseq-train printed with --log-format json; may be given again",
+        help="output of fairseq-train with --log-format json; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, help="experts and costs of this model")
-    parser.add_argument("--data", help="folder with its dictionaries and data")
-    parser.add_argument("--subset", default="valid", help="words are counted on this set")
+    parser.add_argument("--checkpoint", type=Path, help="model whose experts and costs are shown")
+    parser.add_argument("--data", help="folder with the checkpoint's dictionaries and data")
+    parser.add_argument("--subset", default="valid", help="data set on which words are counted")
     parser.add_argument("--max-tokens", type=int, default=4000)
-    parser.add_argument("--context", type=int, default=512, help="positions attended to")
+    parser.add_argument(
+        "--context", type=int, default=512, help="number of positions that a token attends to"
+    )
     parser.add_argument("--dtype", choices=BYTES, default="fp32")
-    parser.add_argument("--reference", type=Path, help="detokenised text; with --hypothesis")
+    parser.add_argument("--reference", type=Path, help="detokenised text; needs --hypothesis")
     parser.add_argument(
         "--hypothesis", type=named, action="append", default=[], metavar="[NAME=]FILE",
-        help="detokenised output, scored against --reference; may be given again",
+        help="detokenised output, scored against --reference; may be given several times",
     )  # fmt: skip
     parser.add_argument("--title", default="Training report")
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
-    parser.add_argument("--png", type=Path, help="folder for the pictures as PNG too")
+    parser.add_argument("--png", type=Path, help="folder for the figures as PNG files")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the page.
 
     Raises:
-        ValueError: nothing to report on, or a file that does not fit.
+        ValueError: there is nothing to report on, matplotlib is missing, or a file is unusable.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("evomoe-report page draws with matplotlib: pip install it") from error
+        raise ValueError("evomoe-report page needs matplotlib: pip install matplotlib") from error
     if not (args.log or args.checkpoint or args.hypothesis):
-        raise ValueError("give --log, --checkpoint or --hypothesis: there is nothing to report on")
+        raise ValueError("there is nothing to report on; give --log, --checkpoint or --hypothesis")
     if bool(args.hypothesis) != bool(args.reference):
-        raise ValueError("--hypothesis and --reference go together")
+        raise ValueError("--hypothesis and --reference go together; give both")
     body = "".join(
         f"<section><h2>{html.escape(heading)}</h2>{content}</section>"
         for heading, content in sections(args)

@@ -1,10 +1,11 @@
-"""The pictures of a report, as SVG that reads without colour: lines differ by dash and mark."""
+"""The figures of a report as SVG. They need no colour, as lines differ in dash and marker."""
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from fairseq_evomoe.tools.run_log import RunLog
 
-# it tells at length which fonts it considered
+# below this level matplotlib logs every font that it considers
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 STYLES = tuple(zip(("-", "--", "-.", ":"), ("o", "s", "^", "D"), strict=True))
 
 
-def _styles(logs: Sequence[RunLog]):
+def _styles(logs: Sequence[RunLog]) -> Iterator[tuple[RunLog, dict[str, Any], str]]:
     colours = plt.get_cmap("viridis")
     for i, (log, (dash, mark)) in enumerate(zip(logs, cycle(STYLES), strict=False)):
         colour = colours(0.85 * i / max(1, len(logs) - 1))
@@ -29,7 +30,10 @@ def _styles(logs: Sequence[RunLog]):
 
 
 def losses(logs: Sequence[RunLog]) -> Figure:
-    """Task loss over updates, target tokens and seconds: training lines, validation marks."""
+    """Plot the task loss over updates, target tokens and seconds.
+
+    Lines show training, markers show validation.
+    """
     columns = (("num_updates", "updates"), ("tokens", "target tokens"), ("wall", "seconds"))
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, (key, name) in zip(axes, columns, strict=True):
@@ -45,16 +49,16 @@ def losses(logs: Sequence[RunLog]) -> Figure:
                 )
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("task loss (bits a token)\nlines: training, marks: validation")
+    axes[0].set_ylabel("task loss (bits per token)\nlines: training, markers: validation")
     axes[0].legend()
     return figure
 
 
 def evolution(logs: Sequence[RunLog]) -> Figure:
-    """Temperature, active experts, entropy of the gate and balance over updates."""
+    """Plot temperature, active experts, entropy of the gate and load balance over updates."""
     rows = (
         ("moe_temperature", "temperature"),
-        ("moe_active_experts", "active experts a token"),
+        ("moe_active_experts", "active experts per token"),
         ("moe_gate_entropy", "gate entropy (nats)"),
         ("moe_load_max_mean", "busiest expert / mean"),
         ("moe_dead_experts", "share of dead experts"),
@@ -70,13 +74,13 @@ def evolution(logs: Sequence[RunLog]) -> Figure:
 
 
 def load(log: RunLog) -> Figure:
-    """Share of its layer's load that each expert has, over time: dark is much."""
+    """Plot each expert's share of its layer's load over updates. Darker means more load."""
     layers = log.layers
     figure, axes = plt.subplots(
         len(layers), 1, figsize=(12, 0.9 + 1.3 * len(layers)), squeeze=False, layout="constrained"
     )
     for axis, (layer, keys) in zip(axes[:, 0], layers.items(), strict=True):
-        # before the split the base expert alone is named, and has everything
+        # before the split the log lists only the base expert, which has the whole load
         share = [
             [r.get(k, 1.0 if k.endswith("/e0") else 0.0) for r in log.train if "moe_stage" in r]
             for k in keys
@@ -99,7 +103,7 @@ def load(log: RunLog) -> Figure:
 
 
 def likeness(found: dict[str, Tensor]) -> Figure:
-    """Cosines of each two experts, written into their cells."""
+    """Plot the cosine of each pair of experts; with up to 16 experts, print its value as well."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(3.4 * len(found), 3.2), squeeze=False, layout="constrained"
     )
@@ -117,7 +121,7 @@ def likeness(found: dict[str, Tensor]) -> Figure:
 
 
 def svg(figure: Figure, *, png: Path | None = None) -> str:
-    """The figure as an SVG element, and as a PNG file where asked for; the figure is closed."""
+    """Return the figure as an SVG element, save it as PNG if `png` is given, and close it."""
     if png is not None:
         figure.savefig(png, dpi=110)
     text = io.StringIO()

@@ -1,14 +1,13 @@
 """`evomoe-prune`: drop the experts that a validation set hardly uses.
 
-One pass counts how many (token, expert) pairs each expert gets; every MoE layer then keeps its
-most used experts, the same number in each, and a second pass measures what that costs. Both losses
-are printed. Optimizer state stays behind. Hash gates are refused: each of their experts has words
-that nobody else knows.
+A first pass counts how many (token, expert) pairs each expert gets. Every MoE layer then keeps its
+most used experts, the same number in each layer, and a second pass measures the loss of the pruned
+model. Both losses are printed. Optimizer state is left out. Hash gates are refused because each
+token id is assigned to one fixed expert, so that none can be dropped.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates import HashGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
@@ -36,12 +33,17 @@ from fairseq_evomoe.tools.validation import measure
 def keep_most_used(
     load: dict[str, Tensor], *, keep: int | None, min_share: float, least: int
 ) -> dict[str, list[int]]:
-    """Experts that stay, in order: layer name -> list of indices, equally many in each layer.
+    """Choose the experts that stay, the same number in each layer.
 
     Args:
-        load: layer name -> shares, (E,).
-        keep: that many; None: as many as the layer that needs most has with a share of at least
-            `min_share` / E, and `least`.
+        load: layer name -> each expert's share of the load, (E,).
+        keep: number of experts to keep per layer. If it is None, count in each layer the experts
+            with a share of at least `min_share` / E, and keep the largest count, or `least` if that
+            is larger.
+        min_share, least: see `keep`.
+
+    Returns:
+        Layer name -> sorted indices of the experts that stay.
     """
     experts = len(next(iter(load.values())))
     if keep is None:
@@ -51,38 +53,15 @@ def keep_most_used(
     return {n: sorted(order[:keep].tolist()) for n, order in most.items()}
 
 
-def fewest(cfg: MoEConfig) -> int:
-    """The least number of experts with which a layer's flags still make sense."""
-    needs = {"gshard": 2, "topk": cfg.moe_top_k, "dts": cfg.dts_top_k}
-    at_least = needs.get(cfg.moe_gate, 1)
-    if cfg.moe_gate == "expert_choice":
-        return max(at_least, math.ceil(cfg.moe_capacity_factor))
-    return at_least
-
-
 def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: list[int]) -> None:
     """Cut one layer's entries of a model's state down to the `kept` experts, in place."""
-    rows = torch.tensor(kept)
+    experts = torch.tensor(kept)
     # a shared expert stands before the routed ones and stays
-    bank = torch.tensor([0, *(e + 1 for e in kept)]) if layer.experts.shared else rows
+    entries = torch.tensor([0, *(e + 1 for e in kept)]) if layer.experts.shared else experts
     for part, _ in layer.experts.named_parameters():
         key = f"{name}.experts.{part}"
-        state[key] = state[key][bank].clone()
-    for part in ("weight", "bias_steps", "distilled"):
-        key = f"{name}.gate.{part}"
-        if key in state:
-            state[key] = state[key][rows].clone()
-    words = f"{name}.gate.token_bias"
-    if words in state:
-        state[words] = state[words][:, rows].clone()
-    table = f"{name}.gate.table"
-    if table in state and (state[table] >= 0).all():
-        # words stay with their expert; those of a dropped one go where the router would have them
-        place = torch.full((layer.cfg.moe_expert_count,), -1)
-        place[rows] = torch.arange(len(kept))
-        router = state[f"{name}.gate.words"].float() @ state[f"{name}.gate.distilled"].float().t()
-        moved = place[state[table]]
-        state[table] = torch.where(moved >= 0, moved, router.argmax(-1))
+        state[key] = state[key][entries].clone()
+    layer.gate.prune(state, f"{name}.gate.", experts)
 
 
 def prune(
@@ -95,22 +74,23 @@ def prune(
     data: str | None = None,
     cpu: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the pruned checkpoint, a report with the losses before and after).
+    """Return the pruned checkpoint, and a report with the losses before and after pruning.
 
     Raises:
-        ValueError: the model has no experts to drop, or its gate cannot lose any.
+        ValueError: the model has no experts to drop, its gate needs all of them, or `keep` is out
+            of range.
     """
     checkpoint = load(path)
     model, cfg, task = build(path, data)
     layers = dict(moe_layers(model))
     if not layers:
         raise ValueError(f"{path} holds no MoE layer")
-    if any(isinstance(m.gate, HashGate) for m in layers.values()):
-        raise ValueError("--moe-gate hash: its experts have words of their own, none can go")
-    if any(m.clock.stage == Stage.DIVERSIFY for m in layers.values()):
-        raise ValueError(f"{path} is from before the split: it has one expert, none can go")
+    if not all(m.gate.can_lose_experts for m in layers.values()):
+        raise ValueError("--moe-gate hash: each token id has a fixed expert; none can be dropped")
+    if any(m.phase.stage == Stage.DIVERSIFY for m in layers.values()):
+        raise ValueError(f"{path} is from before the split; prune a later checkpoint")
     experts = next(iter(layers.values())).cfg.moe_expert_count
-    least = max(fewest(m.cfg) for m in layers.values())
+    least = max(m.gate.min_experts(m.cfg) for m in layers.values())
     if keep is not None and not least <= keep <= experts:
         raise ValueError(
             f"--keep {keep}: choose {least} (what the gate's flags need) to {experts} (all)"
@@ -122,12 +102,9 @@ def prune(
 
     left = len(next(iter(kept.values())))
     flags = flags_of(checkpoint)
-    moe = MoEConfig.from_args(model_flags := cfg.model)
-    changes: dict[str, Any] = {"moe_expert_count": left}
-    if not moe.dts_parity and moe.moe_gate == "dts":
-        # the threshold is relative to 1/E: hold its absolute value
-        changes["dts_threshold"] = moe.threshold * left
-    changes["dts_max_experts"] = min(moe.dts_max_experts, left)
+    model_flags = cfg.model
+    some_layer = next(iter(layers.values()))
+    changes = some_layer.gate.flags_after_pruning(some_layer.cfg, left)
     for name, layer in layers.items():
         prune_state(checkpoint["model"], layer, name, kept[name])
     checkpoint["cfg"]["model"] = with_flags(flags, **changes)
@@ -170,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         with in_place_of(args.json) as partial:
             partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
-        f"wrote {args.output}: {report['experts_before']} -> {report['experts_after']} experts a "
+        f"wrote {args.output}: {report['experts_before']} -> {report['experts_after']} experts per "
         f"layer; loss on {report['subset']} {report['loss_before']} -> {report['loss_after']}"
     )
 
@@ -181,15 +158,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, required=True)
     made.add_argument("--data", help="binarised data; default: the folder named in the checkpoint")
     made.add_argument("--valid-subset", default="valid")
-    made.add_argument("--max-tokens", type=int, default=4096, help="tokens a batch")
+    made.add_argument("--max-tokens", type=int, default=4096, help="tokens per batch")
     made.add_argument("--keep", type=int, help="experts to keep in each layer")
     made.add_argument(
         "--min-share",
         type=float,
         default=0.1,
-        help="without --keep: keep experts with at least this share of the even load 1/E",
+        help="without --keep, keep experts with at least this fraction of the even load 1/E",
     )
-    made.add_argument("--json", type=Path, help="write the report there as well")
+    made.add_argument("--json", type=Path, help="also write the report to this file")
     made.add_argument("--cpu", action="store_true")
     return made
 

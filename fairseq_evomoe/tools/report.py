@@ -1,4 +1,4 @@
-"""`evomoe-report`: what a model costs per token (flops), and its training on a page (page)."""
+"""`evomoe-report`: report a model's cost per token (flops) or show its training (page)."""
 
 import argparse
 import json
@@ -18,12 +18,13 @@ from fairseq_evomoe.tools.cost import BYTES, per_token
 
 
 def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> dict:
-    """Costs by kind of the model in a checkpoint; see `cost.Cost`.
+    """Return the costs of the model in a checkpoint by kind; see `cost.Cost`.
 
     Args:
-        context: positions that a token attends to.
-        dtype: of the weights, for the bytes: one of `cost.BYTES`.
-        data: folder with the dictionaries; None: the one named in the checkpoint.
+        path: the checkpoint.
+        context: number of positions that a token attends to.
+        dtype: dtype of the weights, a key of `cost.BYTES`.
+        data: folder with the dictionaries. None means the folder named in the checkpoint.
     """
     flags = flags_of(load(path))
     model, _, _ = build(path, data)
@@ -31,15 +32,15 @@ def flops(path: Path, *, context: int, dtype: str, data: str | None = None) -> d
 
 
 def table(rows: dict) -> str:
-    """The rows as text, in millions."""
+    """Format the rows as text, with numbers in millions."""
     head = f"{'per token':10}{'MMAC':>10}{'dense':>10}{'MB read':>10}{'dense':>10}"
     head += f"{'M weights':>11}{'dense':>10}"
     lines = [head]
     order = [*(k for k in rows if k != "total"), "total"]
     for kind in order:
         r = rows[kind]
-        values = [r["macs"], r["twin_macs"], r["bytes"], r["twin_bytes"]]
-        sizes = [r["parameters"], r["twin_parameters"]]
+        values = [r["macs"], r["dense_macs"], r["bytes"], r["dense_bytes"]]
+        sizes = [r["parameters"], r["dense_parameters"]]
         line = f"{kind:10}" + "".join(f"{v / 1e6:10.3f}" for v in values)
         lines.append(line + f"{sizes[0] / 1e6:11.3f}{sizes[1] / 1e6:10.3f}")
     return "\n".join(lines)
@@ -63,12 +64,16 @@ def run(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__)
     what = made.add_subparsers(dest="what", required=True)
-    flops_parser = what.add_parser("flops", help="MACs, weights read and stored, per token")
+    flops_parser = what.add_parser("flops", help="MACs, weights read and stored per token")
     flops_parser.add_argument("checkpoint", type=Path)
-    flops_parser.add_argument("--context", type=int, default=512, help="positions attended to")
-    flops_parser.add_argument("--dtype", choices=BYTES, default="fp32", help="of the weights")
+    flops_parser.add_argument(
+        "--context", type=int, default=512, help="number of positions that a token attends to"
+    )
+    flops_parser.add_argument(
+        "--dtype", choices=BYTES, default="fp32", help="dtype of the weights, to count bytes"
+    )
     flops_parser.add_argument("--data", help="folder with the dictionaries")
-    flops_parser.add_argument("--json", type=Path, help="write the rows there as well")
+    flops_parser.add_argument("--json", type=Path, help="also write the rows to this file")
     page.add_flags(what.add_parser("page", help="runs, experts and scores on one HTML page"))
     return made
 

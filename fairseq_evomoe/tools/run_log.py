@@ -1,4 +1,4 @@
-"""What fairseq-train printed with `--log-format json`, as numbers."""
+"""Reads the metrics that fairseq-train prints with `--log-format json`."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,12 +11,14 @@ Row = dict[str, float]
 
 @dataclass
 class RunLog:
-    """One run's log.
+    """The log of one run.
 
     Attributes:
-        name: of the run.
-        train: a row every `--log-interval` updates; with "tokens", all target tokens so far.
-        valid: a row every validation; the keys without their prefix "valid_".
+        name: name of the run.
+        train: one row every `--log-interval` updates. "tokens" is the number of target tokens so
+            far.
+        valid: one row per validation, with the prefix "valid_" removed from the keys. "tokens" and
+            "wall" are those of the nearest training row.
     """
 
     name: str
@@ -24,13 +26,13 @@ class RunLog:
     valid: list[Row] = field(default_factory=list)
 
     def series(self, x: str, y: str, *, rows: str = "train") -> tuple[list[float], list[float]]:
-        """Columns x and y of the rows that have both; of "train" or of "valid" rows."""
+        """Return columns x and y of the "train" or "valid" rows that have both."""
         found = [(r[x], r[y]) for r in getattr(self, rows) if x in r and y in r]
         return [a for a, _ in found], [b for _, b in found]
 
     @property
     def layers(self) -> dict[str, list[str]]:
-        """MoE layer -> the keys of its experts' load; the encoder first, layers by number."""
+        """Map each MoE layer, encoder first and sorted by number, to its experts' load keys."""
         keys = {k for r in self.train for k in r if k.startswith(DETAIL)}
         number = lambda text: int("".join(c for c in text if c.isdigit()) or 0)
         found: dict[str, list[str]] = {}
@@ -47,10 +49,10 @@ def _rows(lines: list[str], kind: str) -> list[Row]:
 
 
 def read_log(path: Path, name: str | None = None) -> RunLog:
-    """Read a log; of a run that was resumed, updates that were made again count once.
+    """Read a log. If a resumed run repeated some updates, only their last rows are kept.
 
     Raises:
-        ValueError: it has no line of training.
+        ValueError: the log has no training lines.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     log = RunLog(name or path.parent.name)
@@ -59,7 +61,7 @@ def read_log(path: Path, name: str | None = None) -> RunLog:
         by_update[row["num_updates"]] = row
     log.train = [by_update[n] for n in sorted(by_update)]
     if not log.train:
-        raise ValueError(f"{path}: no line of training: was it written with --log-format json?")
+        raise ValueError(f"{path} has no training lines; train with --log-format json")
     tokens = before = 0.0
     for row in log.train:
         tokens += row.get("wpb", 0.0) * (row["num_updates"] - before)

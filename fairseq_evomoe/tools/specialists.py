@@ -1,5 +1,5 @@
-"""What the experts of a trained model are like: which words they get, how alike they are, and how
-many of them a token uses."""
+"""Analyses the experts of a trained model: which words they get, how similar they are, and how many
+of them a token uses."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,12 +17,13 @@ from fairseq_evomoe.tools import validation
 
 @dataclass(frozen=True)
 class Specialist:
-    """One expert.
+    """What one expert specialises in.
 
     Attributes:
-        share: of its layer's pairs, 0 to 1.
-        words: (word, times it came here, share of its occurrences that did), the most telling
-            first: by how many more of them come than the expert's share would bring.
+        share: the expert's share of its layer's (token, expert) pairs, 0 to 1.
+        words: (word, number of its occurrences routed here, share of its occurrences routed here).
+            Words are sorted by their surplus, largest first: how many more occurrences are routed
+            here than the expert's share of all pairs predicts.
     """
 
     share: float
@@ -30,7 +31,7 @@ class Specialist:
 
 
 def similarity(model: Any) -> dict[str, Tensor]:
-    """Cosines of each two experts' weight matrices: layer -> (E, E) float32."""
+    """Return the cosine of each pair of experts' weight matrices: layer -> (E, E) float32."""
     found = {}
     for _, layer in moe_layers(model):
         rows = [p.detach().float().flatten(1) for p in layer.experts.parameters() if p.dim() > 2]
@@ -41,13 +42,14 @@ def similarity(model: Any) -> dict[str, Tensor]:
 
 @dataclass
 class Seen:
-    """What one layer did in a pass.
+    """Routing counts of one layer over one pass.
 
     Attributes:
-        came: for each expert, how often each token id came to it.
-        seen: how often each token id passed.
-        active: token id -> active experts, summed over its occurrences.
-        places: place in the sentence, from 1 -> (tokens there, their active experts in sum).
+        came: for each expert, how often each token id was routed to it.
+        seen: how often each token id occurred.
+        active: token id -> number of active experts, summed over its occurrences.
+        places: position in the sentence, from 1 -> (number of tokens at that position, their number
+            of active experts, summed).
     """
 
     came: list[Counter[int]]
@@ -56,7 +58,7 @@ class Seen:
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, tokens: TokenBatch, active: Tensor) -> None:
-        """Count a batch; active: (T, E) bool."""
+        """Add the counts of a batch; `active` is (T, E) bool."""
         ids, number = tokens.token.tolist(), active.sum(1).tolist()
         place = tokens.place.tolist()
         self.seen.update(ids)
@@ -70,19 +72,20 @@ class Seen:
 
 @torch.no_grad()
 def watch(model: Any, task: Any, *, subset: str, max_tokens: int) -> dict[str, Seen]:
-    """One pass over `subset`: MoE layer -> what it did.
+    """Run the model once over `subset` and return the routing counts of each MoE layer.
 
     Raises:
-        ValueError: the set is empty.
+        ValueError: the set gives no batch.
     """
     model.eval()
     layers = dict(moe_layers(model))
     found = {n: Seen([Counter() for _ in range(m.cfg.moe_expert_count)]) for n, m in layers.items()}
 
-    def count(name: str, layer: Any):
-        return lambda gate, args, plan: found[name].add(layer.tokens, plan.active)
+    def count(name: str) -> Any:
+        # the gate is called with states, phase and tokens
+        return lambda gate, args, plan: found[name].add(args[2], plan.active)
 
-    hooks = [m.gate.register_forward_hook(count(n, m)) for n, m in layers.items()]
+    hooks = [m.gate.register_forward_hook(count(n)) for n, m in layers.items()]
     passed = 0
     try:
         for sample in tqdm(
@@ -104,7 +107,7 @@ def watch(model: Any, task: Any, *, subset: str, max_tokens: int) -> dict[str, S
 def specialists(
     task: Any, found: dict[str, Seen], *, most: int = 12
 ) -> dict[str, list[Specialist]]:
-    """Layer -> its experts and their words."""
+    """Return each layer's experts, with up to `most` words per expert."""
     return {n: _of_layer(s.came, s.seen, dictionary_of(task, n), most) for n, s in found.items()}
 
 
@@ -113,11 +116,13 @@ class Activity:
     """How many experts a layer's tokens use.
 
     Attributes:
-        mean: over all tokens.
-        by_frequency: (words of the class, tokens, mean active experts); words by falling
-            frequency, cut into classes of about equally many tokens.
-        by_place: (first place, last place, tokens, mean active experts), places from 1; each class
-            twice as long as the one before, the last open.
+        mean: mean number of active experts over all tokens.
+        by_frequency: (number of words, number of tokens, mean active experts) of each frequency
+            class. Words are sorted by falling frequency and cut into classes with about the same
+            number of tokens.
+        by_place: (first position, last position, number of tokens, mean active experts) of each
+            class of positions, which start at 1. Each class is twice as long as the one before, and
+            the last one is open-ended.
     """
 
     mean: float
@@ -126,7 +131,7 @@ class Activity:
 
 
 def activity(seen: Seen, *, classes: int = 5, lengths: int = 6) -> Activity:
-    """The number of active experts against how frequent a word is, and where it stands."""
+    """Return the number of active experts by word frequency and by position in the sentence."""
     total = sum(seen.seen.values())
     by_frequency: list[tuple[int, int, float]] = []
     words = tokens = experts = passed = 0
@@ -150,7 +155,10 @@ def activity(seen: Seen, *, classes: int = 5, lengths: int = 6) -> Activity:
 
 
 def dictionary_of(task: Any, layer: str) -> Any:
-    """The words that a layer sees: the source's in a translation model's encoder."""
+    """Return the dictionary of a layer's input tokens.
+
+    It is the source dictionary in a translation model's encoder, otherwise the target dictionary.
+    """
     if layer.startswith("encoder") and getattr(task, "source_dictionary", None) is not None:
         return task.source_dictionary
     return task.target_dictionary

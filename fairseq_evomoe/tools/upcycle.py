@@ -1,11 +1,11 @@
-"""`evomoe-upcycle`: a dense checkpoint becomes a mixture of experts that training continues from.
+"""`evomoe-upcycle`: convert a dense checkpoint to a mixture of experts for further training.
 
 Each chosen feed-forward network becomes the base expert of an MoE layer and is split, as at
 `--evo-spawn-update` in the middle of a run (EvoMoE, arXiv 2112.14397; sparse upcycling, arXiv
-2212.05055). Dense models of fairseq (transformer, transformer_lm, roberta) and of this package
-with `--moe-freq 0` are understood. With `--evo-diversify copy` and a gate whose weights sum to 1
-the output does not change. Adam's moments go along: the base expert's for every copy, zero for
-the gate; `--no-optimizer-state` leaves them out.
+2212.05055). The tool converts dense models of fairseq (transformer, transformer_lm, roberta) and of
+this package (trained with `--moe-freq 0`). With `--evo-diversify copy` and a gate whose weights sum
+to 1, the output does not change. Adam's moments are carried over: every copy gets those of the base
+expert, and the gate's moments are zero. `--no-optimizer-state` leaves them out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fairseq_evomoe.config import MoEConfig, SplitConfig
 from fairseq_evomoe.modules.moe_layer import moe_layers
-from fairseq_evomoe.modules.plan import Clock
+from fairseq_evomoe.modules.plan import Phase
 from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import (
@@ -46,27 +46,27 @@ _DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.b
 
 
 class Upcycled:
-    """A dense model and the MoE model that grows from it.
+    """A dense model and the MoE model that is made from it.
 
     Args:
-        dense: with its weights.
-        grown: of the same sizes, freshly built; receives the weights.
-        rule, seed: how experts are made different.
+        dense: the dense model, with its weights.
+        grown: the MoE model of the same sizes, freshly built. It receives the weights.
+        rule, seed: how the experts are made different from each other.
 
     Raises:
-        ValueError: the experts would have another width than the dense network.
+        ValueError: the experts would not be FFNs.
     """
 
     def __init__(self, dense: nn.Module, grown: nn.Module, rule: SplitRule, seed: int) -> None:
         self.dense, self.grown = dense, grown
-        # parameter of the grown model -> (parameter of the dense one, split, its short name)
+        # parameter of the MoE model -> (parameter of the dense model, split, short name)
         self.origin: dict[str, tuple[str, Split, str]] = {}
         layers = dict(moe_layers(grown))
-        if not layers:
-            raise ValueError("--moe-freq: no layer would become an MoE layer; give 1 or 2")
         for name, layer in layers.items():
             layer.cfg.need(
-                layer.cfg.expert_type == "ffn", "--expert-type", "a dense network grows FFN experts"
+                layer.cfg.moe_expert_type == "ffn",
+                "--moe-expert-type",
+                "only ffn experts can be upcycled",
             )
             split = layer.split(rule, seed=seed)
             parent = name.removesuffix("moe_layer")
@@ -75,7 +75,11 @@ class Upcycled:
         self.layers = layers
 
     def weights(self) -> None:
-        """Fill the grown model's weights from the dense model's, experts split."""
+        """Copy the dense model's weights into the MoE model and split the experts.
+
+        Raises:
+            ValueError: the experts would have another width than the dense network.
+        """
         source = self.dense.state_dict()
         target = self.grown.state_dict()
         mine = tuple(f"{name}." for name in self.layers)
@@ -84,7 +88,7 @@ class Upcycled:
                 old, split, short = self.origin[name]
                 if value.shape[1:] != source[old].shape:
                     raise ValueError(
-                        f"--moe-expert-ffn-dim: {old} is {tuple(source[old].shape)}, an expert "
+                        f"--moe-expert-ffn-dim: {old} is {tuple(source[old].shape)}, but an expert "
                         f"would be {tuple(value.shape[1:])}; leave the flag out"
                     )
                 value[0].copy_(source[old])
@@ -93,10 +97,10 @@ class Upcycled:
                 value.copy_(source[name])
 
     def moments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The dense model's optimizer state, rearranged for the grown model.
+        """Return the dense model's optimizer state, rearranged for the MoE model.
 
         Raises:
-            ValueError: the state is laid out in a way that this tool does not know.
+            ValueError: the state has a layout that this tool does not know.
         """
         old = [(n, p) for n, p in self.dense.named_parameters() if p.requires_grad]
         new = [(n, p) for n, p in self.grown.named_parameters() if p.requires_grad]
@@ -109,7 +113,7 @@ class Upcycled:
             if source in known:
                 made.append(_split_moments(known[source], p, split, short))
             else:
-                # the gate is new: moments of 0, as if no gradient had come yet
+                # the gate is new, so its moments are 0, as before the first gradient
                 made.append(
                     {
                         k: torch.zeros_like(p, dtype=v.dtype) if _is_moment(v) else v
@@ -138,10 +142,13 @@ def _is_moment(value: Any) -> bool:
 def _by_parameter(
     state: dict[int, dict[str, Any]], parameters: list[tuple[str, nn.Parameter]], flat: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, its optimizer state) from one entry a parameter or from one flat entry for all."""
+    """Yield (name, optimizer state) of each parameter.
+
+    `state` has one entry per parameter, or a single flat entry for all of them.
+    """
     sizes = [p.numel() for _, p in parameters]
     expected = [sum(sizes)] if flat else sizes
-    # by number, not by order: a parameter's entry is made when its first gradient comes
+    # Compare the set of numbers, not their order: entries are created at the first gradient.
     if set(state) != set(range(len(expected))) or any(
         v.numel() != size
         for i, size in enumerate(expected)
@@ -186,14 +193,15 @@ def upcycle(
     data: str | None = None,
     optimizer_state: bool = True,
 ) -> dict[str, Any]:
-    """The checkpoint of a mixture of experts grown from the dense checkpoint at `path`.
+    """Convert the dense checkpoint at `path` to the checkpoint of a mixture of experts.
 
     Args:
+        path: the dense checkpoint.
         moe: MoE flags, as in `MoEConfig`.
-        rule, seed: how experts are made different.
-        temperature: that the DTS gate shall have if no schedule says otherwise.
-        data: folder with the dictionaries; None: the one named in the checkpoint.
-        optimizer_state: carry it over.
+        rule, seed: how the experts are made different from each other.
+        temperature: temperature of the DTS gate unless a schedule sets it.
+        data: folder with the dictionaries. None means the folder named in the checkpoint.
+        optimizer_state: whether to carry the optimizer state over.
 
     Raises:
         ValueError: the model cannot be upcycled; the message says why.
@@ -203,24 +211,26 @@ def upcycle(
     name = target_model(flags)
     dense, _, task = build(path, data)
     if moe_layers(dense):
-        raise ValueError(f"{path} has experts already")
+        raise ValueError(f"{path} has experts already; give a dense checkpoint")
     flags = with_flags(flags, _name=name, arch=name, **moe)
     torch.manual_seed(seed)
     grown = task.build_model(built(flags), from_checkpoint=True)
     for _, layer in moe_layers(grown):
-        layer.gate.ready()
-    plan = Upcycled(dense, grown, rule, seed)
-    plan.weights()
+        layer.gate.check_ready()
+    upcycled = Upcycled(dense, grown, rule, seed)
+    upcycled.weights()
     history = checkpoint.get("optimizer_history") or [{}]
     updates = history[-1].get("num_updates", 0)
-    for layer in plan.layers.values():
-        layer.restore(updates, Clock(Stage.SPARSIFY, temperature), spawned=True)
+    for layer in upcycled.layers.values():
+        layer.timeline.num_updates = updates
+        layer.timeline.saved = Phase(stage=Stage.SPARSIFY, temperature=temperature)
+        layer.set_split(True)
 
     checkpoint["model"] = grown.state_dict()
     checkpoint["cfg"]["model"] = flags
     optimizer = checkpoint.pop("last_optimizer_state", None)
     if optimizer and optimizer_state:
-        checkpoint["last_optimizer_state"] = plan.moments(optimizer)
+        checkpoint["last_optimizer_state"] = upcycled.moments(optimizer)
         criterion = history[-1].get("criterion_name")
         history[-1]["criterion_name"] = CRITERIONS.get(criterion, criterion)
     return checkpoint
@@ -229,12 +239,13 @@ def upcycle(
 def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output)
     moe = MoEConfig.from_args(args)
-    rule = SplitRule.from_flags(args, shared=moe.moe_shared_expert)
+    rule = SplitRule.from_flags(args)
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: must be a number > 0")
     if not (moe.moe_freq or moe.encoder_moe_freq or moe.decoder_moe_freq):
         moe.moe_freq = 2
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}
+    flags["moe_gate_token_bias"] = moe.token_bias
     checkpoint = upcycle(
         args.checkpoint,
         flags,
@@ -248,12 +259,13 @@ def run(args: argparse.Namespace) -> None:
     kept = "last_optimizer_state" in checkpoint
     updates = (checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
     target = target_model(flags_of(checkpoint))
-    print(f"wrote {args.output}; to continue, add to the dense run's flags:")
+    if target == "transformer_lm_evomoe":
+        # a new language model has a token bias by default, and the dense model has none
+        moe.moe_gate_token_bias = moe.token_bias
+    print(f"wrote {args.output}; to continue training, add to the dense run's flags:")
     print(
         f"  --user-dir fairseq_evomoe --task <its task>_evomoe --criterion moe_<its criterion> "
         f"--arch {target} <its sizes> {command_line(moe)} "
-        # language models would have one by default
-        + ("--moe-gate-token-bias 0 " if "_lm_" in target and not moe.moe_gate_token_bias else "")
         + f"--restore-file {args.output} "
         + (f"--evo-spawn-update {updates}" if kept else "--evo-spawn-update 0 --reset-optimizer")
     )
@@ -263,10 +275,15 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], conflict_handler="resolve")
     made.add_argument("checkpoint", type=Path, help="dense checkpoint")
     made.add_argument("--output", type=Path, required=True)
-    made.add_argument("--data", help="folder with the dictionaries; default: the checkpoint's")
+    made.add_argument(
+        "--data", help="folder with the dictionaries; default: the folder named in the checkpoint"
+    )
     made.add_argument("--seed", type=int, default=1)
     made.add_argument(
-        "--temperature", type=float, default=2.0, help="of the DTS gate until a schedule sets it"
+        "--temperature",
+        type=float,
+        default=2.0,
+        help="temperature of the DTS gate until a schedule sets it",
     )
     made.add_argument("--no-optimizer-state", dest="optimizer_state", action="store_false")
     gen_parser_from_dataclass(made, SplitConfig(), with_prefix="")

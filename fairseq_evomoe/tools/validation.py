@@ -1,6 +1,6 @@
-"""Passes over a data set with a trained model: its batches, its loss, the load of its experts."""
+"""Runs a trained model over a data set, to measure its loss and the load of its experts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.modules.plan import RoutingPlan
 
 
 def batches(
     model: Any, task: Any, subset: str, max_tokens: int, *, shuffle: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The batches of `subset`, the same in every pass."""
+    """Iterate over the batches of `subset`, which are the same in every pass."""
     return task.get_batch_iterator(
         dataset=task.dataset(subset),
         max_tokens=max_tokens,
         max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
         required_batch_size_multiple=1,
         ignore_invalid_inputs=True,
-        # a second pass must not be a second epoch: a masked LM would hide other words
+        # a second pass must not count as a second epoch, in which a masked LM masks other tokens
         disable_iterator_cache=True,
     ).next_epoch_itr(shuffle=shuffle)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a pass over a validation set saw.
+    """Result of a pass over a validation set.
 
     Attributes:
-        loss: the task's, as fairseq-validate prints it.
-        load: layer name -> share of the layer's pairs on each expert, (E,).
+        loss: loss of the task, as fairseq-validate prints it.
+        load: layer name -> each expert's share of the layer's (token, expert) pairs, (E,) float64.
     """
 
     loss: float
@@ -43,10 +44,10 @@ class Usage:
 
 @torch.no_grad()
 def measure(model: Any, task: Any, cfg: Any, *, subset: str, max_tokens: int) -> Usage:
-    """One pass over `subset`: the loss, and the load of each expert.
+    """Run the model once over `subset` and return the loss and the load of each expert.
 
     Raises:
-        ValueError: the set is empty.
+        ValueError: the set gives no batch.
     """
     cuda = torch.cuda.is_available() and not cfg.common.cpu
     if cuda:
@@ -55,8 +56,8 @@ def measure(model: Any, task: Any, cfg: Any, *, subset: str, max_tokens: int) ->
     layers = dict(moe_layers(model))
     load = {n: torch.zeros(m.cfg.moe_expert_count, dtype=torch.float64) for n, m in layers.items()}
 
-    def count(name: str):
-        def hook(gate, args, plan):
+    def count(name: str) -> Callable[[Any, Any, RoutingPlan], None]:
+        def hook(gate: Any, args: Any, plan: RoutingPlan) -> None:
             load[name] += plan.active.sum(0).cpu()
 
         return hook

@@ -4,9 +4,10 @@
 #   bash recipes/multi30k/run.sh --model evomoe            downloads the data
 #   bash recipes/multi30k/run.sh --model dense --data DIR  DIR/{train,valid,test2016,test2017}.{en,de}
 #
-# Measured here, 1000 updates of the default size on 2 CPU cores: docs/evidence.md, "A recipe run longer".
+# docs/evidence.md, "A recipe run longer", has results of 1000 updates of the default size on 2 CPU cores.
 set -euo pipefail
+CALLER=$PWD
 cd "$(dirname "$0")/../.."
 RECIPE=recipes/multi30k
 size=small updates=1000 average=4 experts=4 search="--beam 5 --max-tokens 8000"
-. recipes/corpus_recipe.sh
+. recipes/lib/corpus_recipe.sh

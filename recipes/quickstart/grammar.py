@@ -1,18 +1,18 @@
-"""English-German sentence pairs from a small grammar: the quickstart's corpus, made on the spot.
+"""Generate the quickstart's corpus: English-German sentence pairs from a small grammar.
 
-What a translator has to learn here, and what `Pair.tags` marks:
+A translator has to learn the following phenomena, which `Pair.tags` marks:
 
-    agreement   articles and adjectives by gender, case and number; verbs by number
-    final       the verb at the end of a subordinate clause
+    agreement   articles and adjectives agree in gender, case and number; verbs agree in number
+    final       the verb stands at the end of a subordinate clause
     separable   "invites" -> "lädt ... ein", but "weil er ... einlädt"
     bracket     modal, future and perfect push the other verb to the end
     inversion   a time adverb in front swaps subject and verb
     compound    "city house" -> "Stadthaus"
     number      "twenty-one" -> "einundzwanzig"; digits and names are copied
-    choice      one English word, two German ones: know (wissen, kennen), place (stellen, legen)
+    choice      an English word has two German ones: know (wissen, kennen), place (stellen, legen)
 
 Some combinations (an adjective with a noun, a verb with its object, a number) never occur in train,
-valid and test: `test_comp` is made of sentences that need at least one of them.
+valid and test. Each sentence of `test_comp` needs at least one of them.
 
     python grammar.py --out corpus --train 6000 --valid 500 --test 500
 """
@@ -33,7 +33,7 @@ class Noun:
     gender: str
     de: str
     de_plural: str
-    kind: str  # a: a living being, s: a thing that stands, l: a thing that lies, p: a place
+    kind: str  # a: living being, s: thing that stands, l: thing that lies, p: place, f: furniture
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Verb:
     plural: str
     participle: str
     prefix: str
-    objects: str  # kinds of noun that it takes
+    objects: str  # kinds of nouns that it takes as its object
 
 
 def _table(cls, text: str) -> list:
@@ -194,7 +194,7 @@ _TENS_DE = "- - zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzi
 
 
 def number_words(n: int) -> tuple[str, str]:
-    """2 to 99 in English and German words: 21 -> twenty-one, einundzwanzig."""
+    """Write 2 to 99 in English and German words: 21 -> twenty-one, einundzwanzig."""
     if n < 20:
         return _ONES_EN[n], _ONES_DE[n]
     tens, ones = divmod(n, 10)
@@ -216,7 +216,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Pair:
-    """A sentence in both languages; `held_out` when it needs a combination kept from training."""
+    """A sentence in both languages. If it is `held_out`, it needs a combination not trained on."""
 
     en: str
     de: str
@@ -239,7 +239,7 @@ class Clause:
 
 @dataclass
 class Speaker:
-    """Draws sentences; `tags` and `held_out` describe the one in the making."""
+    """Draws sentences. `tags` and `held_out` describe the sentence that is being drawn."""
 
     random: random.Random
     tags: set = field(default_factory=set)
@@ -312,7 +312,7 @@ class Speaker:
     # -- clauses
 
     def predicate(self) -> tuple[Verb, Phrase, Phrase | None]:
-        """A verb, its object and, for some verbs, where the object goes."""
+        """Draw a verb, its object and, in some cases, a place or goal."""
         if self.chance(0.08):
             self.tags.add("choice")
             thing = self.noun_phrase(ACC, "sl")
@@ -374,7 +374,7 @@ class Speaker:
     # -- sentences
 
     def sentence(self, nesting: float = 0.0) -> Pair:
-        """One sentence; `nesting` is the chance of a further subordinate clause."""
+        """Draw a sentence; `nesting` is the probability of a further subordinate clause."""
         self.tags, self.held_out = set(), False
         k = self.random.random()
         if k < 0.5:
@@ -421,11 +421,11 @@ class Speaker:
 
 
 def corpus(*, train: int, valid: int, test: int, seed: int = 1) -> dict[str, list[Pair]]:
-    """Four splits without a common English sentence: train, valid, test, test_comp.
+    """Draw four splits that share no English sentence: train, valid, test, test_comp.
 
     Args:
         train, valid, test: number of pairs; `test_comp` has as many as `test`.
-        seed: same seed, same corpus, on every machine.
+        seed: the same seed gives the same corpus on every machine.
     """
     speaker = Speaker(random.Random(seed))
     seen: set[str] = set()

@@ -1,28 +1,26 @@
 #!/usr/bin/env bash
-# From nothing to an EvoMoE translation model and its BLEU, on a laptop.
+# Trains an EvoMoE translation model from scratch on a laptop and computes its BLEU.
 #
-#   bash recipes/quickstart/run.sh                       the built-in English-German grammar
+#   bash recipes/quickstart/run.sh                       uses the built-in English-German grammar
 #   bash recipes/quickstart/run.sh --data DIR --source-lang xx --target-lang yy
-#                                                        your own DIR/{train,valid,test}.{xx,yy}
+#                                                        uses your own DIR/{train,valid,test}.{xx,yy}
 #   options: --updates N (1000)  --vocab N (1000)  --max-tokens N (1536)  --seed N (1)
-#            --out DIR (work/quickstart)  -- any further fairseq-train flags
+#            --out DIR (work/quickstart)  -- further flags of fairseq-train
 set -euo pipefail
+CALLER=$PWD
 cd "$(dirname "$0")/../.."
 
-data= src=en tgt=de updates=1000 vocab=1000 max_tokens=1536 seed=1 WORK=$PWD/work/quickstart
-while [ $# -gt 0 ]; do
-    case $1 in
-        --data) data=$2 ;; --source-lang) src=$2 ;; --target-lang) tgt=$2 ;;
-        --updates) updates=$2 ;; --vocab) vocab=$2 ;; --max-tokens) max_tokens=$2 ;;
-        --seed) seed=$2 ;; --out) mkdir -p "$2"; WORK=$(cd "$2" && pwd) ;;
-        --) shift; break ;;
-        *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; echo "unknown option: $1" >&2; exit 2 ;;
-    esac
-    shift 2
-done
+usage() { sed -n '2,10s/^# \{0,1\}//p' recipes/quickstart/run.sh >&2; }
+. recipes/lib/options.sh
+data= source_lang=en target_lang=de updates=1000 vocab=1000 max_tokens=1536 seed=1 out=
+parse_options "data source-lang target-lang updates vocab max-tokens seed out" "" "$@"
+data=$(folder_from_caller --data "$data") || exit 2
+WORK=$(from_caller "$out")
+WORK=${WORK:-$PWD/work/quickstart}
+src=$source_lang tgt=$target_lang
 
-extras=plots . recipes/environment.sh
-. recipes/translation.sh
+extras=plots . recipes/lib/environment.sh
+. recipes/lib/translation.sh
 mkdir -p "$WORK"
 start=$SECONDS
 
@@ -33,7 +31,7 @@ if [ -z "$data" ]; then
     tests=(test test_comp)
 fi
 mkdir -p "$WORK/text"
-[ -e "$WORK/text/clean.$tgt" ] || python recipes/clean.py --source-lang "$src" --target-lang "$tgt" \
+[ -e "$WORK/text/clean.$tgt" ] || python recipes/steps/clean.py --source-lang "$src" --target-lang "$tgt" \
     --train "$data/train" --held-out "${tests[@]/#/$data/}" --out "$WORK/text/clean"
 pieces "$src" "$tgt" "$vocab" "$WORK/text/clean" "$data/valid" "${tests[@]/#/$data/}"
 preprocess "$src" "$tgt" "${#tests[@]}"
@@ -51,7 +49,7 @@ if [ ! -e "$WORK/model/averaged.pt" ]; then
         --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 \
         --max-tokens "$max_tokens" --max-update "$updates" --seed "$seed" \
         --save-interval-updates $((updates / 20 > 0 ? updates / 20 : 1)) --keep-interval-updates 4 \
-        --no-epoch-checkpoints --log-interval 10 "$@"
+        --no-epoch-checkpoints --log-interval 10 "${rest[@]}"
     evomoe-average "$WORK/model" --last 4 --output "$WORK/model/averaged.pt"
     echo "training: $((SECONDS - train_start)) s"
 fi
@@ -59,13 +57,13 @@ fi
 rm -f "$WORK/scores.jsonl"
 for i in "${!tests[@]}"; do
     subset=test$([ "$i" = 0 ] || echo "$i")
-    translate model averaged.pt "$subset" "$src" "$tgt" --beam 4 --max-tokens 6000
+    translate model averaged.pt "$subset" "$src" "$tgt" --beam 4 --max-tokens 6000 --max-len-a 1.5 --max-len-b 20
     tags=$data/${tests[$i]}.tags
     [ -e "$tags" ] && tags=(--tags "$tags") || tags=()
-    python recipes/score.py --name "${tests[$i]}" --source "$data/${tests[$i]}.$src" \
+    python recipes/steps/score.py --name "${tests[$i]}" --source "$data/${tests[$i]}.$src" \
         --reference "$data/${tests[$i]}.$tgt" --hypothesis "$WORK/model/$subset.hyp" \
         --train-source "$data/train.$src" --train-target "$data/train.$tgt" \
         "${tags[@]}" --show 3 --json "$WORK/scores.jsonl"
 done
-python recipes/plot_training.py --log "$WORK/model/train.log" --out "$WORK/evolution.png"
+python recipes/steps/plot_training.py --log "$WORK/model/train.log" --out "$WORK/evolution.png"
 echo "job: $((SECONDS - start)) s without set-up; model: $WORK/model/averaged.pt"

@@ -1,11 +1,11 @@
-"""Training killed again and again, started again each time; must end as if nothing had happened.
+"""Kill a training run again and again, resume it, and compare it with an undisturbed one.
 
     python tests/cli/soak.py DATA OUT [--rounds N]
 
-DATA is a binarised toy corpus (tests/conftest.py makes one). Prints a JSON line a kill: in which
-stage, at what moment; and a last line with the number of kills and the largest difference between
-the weights, the optimizer's moments and the last loss of the killed run and of an undisturbed one.
-Each attempt is a forked process, so that libraries are imported once.
+DATA is a binarised toy corpus (tests/conftest.py makes one). Prints one JSON line per kill, with
+its stage and moment, and a last line with the number of kills and the largest differences in
+weights, optimizer moments and last loss between the killed run and the undisturbed one. Each
+attempt is a forked process, so that libraries are imported once.
 """
 
 import argparse
@@ -34,8 +34,9 @@ PLAN = (
     ("update", 1), ("update", 3), ("write", 1), ("copy", 1), ("update", 4), ("split", 1),
     ("write", 2), ("copy", 2), ("update", 3),
 )  # fmt: skip
-"""Moments, in turn: before the n-th update of an attempt, half-way through its n-th write of a
-checkpoint, half-way through the n-th copy to another name, between weights and moments of a split.
+"""Moments of the kills, in turn: before the n-th update of an attempt, half-way through its n-th
+write of a checkpoint, half-way through its n-th copy to another name, or in a split between its
+weights and its moments.
 """
 
 
@@ -86,7 +87,7 @@ def arm(moment: str, n: int) -> None:
 
 
 def attempt(args: list[str], log: Path, moment: tuple[str, int] | None) -> int:
-    """Train in a forked process; how it ended: an exit code, or minus the signal."""
+    """Train in a forked process; return its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="times that the plan is gone through")
+    parser.add_argument("--rounds", type=int, default=3, help="how often to go through the plan")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -153,7 +154,7 @@ def main() -> None:
         done = updates_done(soaked)
         code = attempt(args("killed"), log, moment)
         if code == 0:
-            # the moment did not come any more: the run is through, and the next begins anew
+            # the run finished before the moment came, and the next attempt starts a new run
             shutil.rmtree(soaked)
             continue
         assert code == -signal.SIGKILL, f"{moment}: {log.read_text()[-3000:]}"

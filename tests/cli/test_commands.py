@@ -1,4 +1,4 @@
-"""The real commands on a toy corpus, each in a process of its own."""
+"""The real commands on a toy corpus, each in its own process."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def hypotheses(out):
 
 
 def test_train_logs_json_and_tensorboard(trained):
-    """JSON lines carry every routing metric; TensorBoard gets the same, per expert too."""
+    """JSON lines and TensorBoard contain every routing metric, also per expert."""
     lines = (trained.parent / "train.log").read_text().splitlines()
     rows = [json.loads(x.split("| train_inner | ")[1]) for x in lines if "| train_inner | {" in x]
     assert len(rows) == 20 and rows[-1]["moe_stage"] == "2"
@@ -42,12 +42,12 @@ def test_train_logs_json_and_tensorboard(trained):
 
 
 def test_checkpoint_holds_nothing_executable(trained):
-    """It loads under torch's weights-only rule with the config class of fairseq alone allowed."""
+    """A checkpoint loads with weights_only=True if the config class, Namespace, is allowed."""
     from argparse import Namespace
 
     with torch.serialization.safe_globals([Namespace]):
         state = torch.load(trained, weights_only=True)
-    # leaving the context takes Namespace off the list even where it was before
+    # leaving the context removes Namespace from the list even if it was there before
     compat.saving.allow_config_classes_in_checkpoints()
     evolution = state["model"]["encoder.layers.1.moe_layer._extra_state"]
     assert evolution.tolist() == [20, 2, 0.3, 1, 0]
@@ -55,7 +55,7 @@ def test_checkpoint_holds_nothing_executable(trained):
 
 @pytest.mark.parametrize("task", [(), ("--task", "translation_evomoe")], ids=["stock", "ours"])
 def test_generate(trained, toy, task):
-    """Beam search gives one hypothesis for each of the 43 sentences, a number 8 does not divide."""
+    """Beam search gives a hypothesis for each of 43 sentences, a number that 8 does not divide."""
     out = run(
         tool("fairseq-generate"),
         toy / "bin",
@@ -67,7 +67,7 @@ def test_generate(trained, toy, task):
 
 
 def test_generate_does_not_depend_on_the_batch(trained, toy):
-    """The same translations with one sentence a batch and with all in one."""
+    """Translations are the same with one sentence per batch and with all in one batch."""
     outs = [
         hypotheses(
             run(
@@ -118,7 +118,7 @@ def test_validate_repeats_the_loss_of_training(trained, toy, tmp_path):
 
 
 def test_hydra_train(toy, tmp_path):
-    """fairseq-hydra-train with a YAML file: all three stages, then fairseq-generate."""
+    """fairseq-hydra-train runs a YAML file's three stages, and fairseq-generate loads the model."""
     config = f"""
 # @package _group_
 common: {{user_dir: {USER_DIR}, cpu: true, log_format: json, log_interval: 1, seed: 7}}
@@ -162,10 +162,10 @@ def rows_of(out):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_train_as_one(toy, tmp_path, workers):
-    """CPU workers with one batch each equal one worker that adds up as many; resume works.
+    """CPU workers with one batch each equal one worker that accumulates as many; resuming works.
 
-    14 batches an epoch: of four workers two have nothing at its end, and nobody waits for them.
-    Routing noise is off: fairseq gives all workers the same random stream.
+    An epoch has 14 batches, so two of four workers have no batch at its end, and no worker waits
+    for another. Routing noise is off because fairseq gives all workers the same random stream.
     """
     common = (*STAGES, "--max-update", 16, "--dts-noise", "none", "--dropout", 0)
     as_many = ("--update-freq", workers)
@@ -186,7 +186,7 @@ def test_workers_train_as_one(toy, tmp_path, workers):
 
 
 def test_two_workers_balance_as_one(toy, tmp_path):
-    """The balancing bias follows the load of all workers together: equal biases, equal losses."""
+    """The balance bias follows the load of all workers together, and equals that of one worker."""
     flags = ("--moe-gate", "topk", "--moe-balance-bias", 0.1, "--max-update", 7, "--dropout", 0)
     run(tool("fairseq-train"), *train_args(toy, tmp_path / "1", *flags, "--update-freq", 2))
     pair = ("--distributed-world-size", 2)
@@ -201,7 +201,7 @@ def test_two_workers_balance_as_one(toy, tmp_path):
 
 
 def test_bf16_trains(toy, tmp_path):
-    """--bf16 trains through the split, masters and all, and does not ask for a TPU."""
+    """--bf16 trains through the split, with its fp32 masters, and does not require a TPU."""
     out = run(
         tool("fairseq-train"), *train_args(toy, tmp_path, *STAGES, "--max-update", 16, "--bf16")
     )
@@ -211,7 +211,7 @@ def test_bf16_trains(toy, tmp_path):
 
 
 def test_stock_criterion_and_task(toy, tmp_path):
-    """A Switch model needs no schedule: fairseq's own translation task and criterion train it."""
+    """A Switch model needs no schedule, so fairseq's own task and criterion can train it."""
     args = train_args(toy, tmp_path, "--max-update", 3, "--moe-gate", "switch")
     args[args.index("--task") + 1] = "translation"
     args[args.index("--criterion") + 1] = "label_smoothed_cross_entropy"
@@ -230,14 +230,14 @@ def test_stock_criterion_and_task(toy, tmp_path):
     ids=str,
 )
 def test_bad_flags_stop_before_training(toy, tmp_path, flags, message):
-    """The run ends with the flag and the fix in its last line, nothing written."""
+    """The run ends with the flag and the fix in its last line, and writes no checkpoint."""
     out = run(tool("fairseq-train"), *train_args(toy, tmp_path, *flags), ok=False)
     assert message in out.splitlines()[-1]
     assert not list(tmp_path.glob("*.pt"))
 
 
 def test_stock_task_with_dts_names_the_task(toy, tmp_path):
-    """--task translation with the DTS gate: the error says which task to use."""
+    """With --task translation and the DTS gate, the error says which task to use."""
     args = train_args(toy, tmp_path)
     args[args.index("--task") + 1] = "translation"
     out = run(tool("fairseq-train"), *args, ok=False)
@@ -245,7 +245,7 @@ def test_stock_task_with_dts_names_the_task(toy, tmp_path):
 
 
 def test_average(trained, toy, tmp_path):
-    """evomoe-average of two checkpoints: the mean of their weights, usable by fairseq-generate."""
+    """evomoe-average writes the mean of two checkpoints' weights; fairseq-generate loads it."""
     run(
         tool("fairseq-train"),
         *train_args(toy, tmp_path, *STAGES, "--max-update", 18, "--save-interval-updates", 2),

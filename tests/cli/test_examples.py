@@ -1,4 +1,4 @@
-"""The commands of the README, word for word, on a small corpus and with small sizes behind them."""
+"""The commands of README.md and docs/commands.md, word for word, with flags for small sizes."""
 
 import re
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run, tool
 
-BLOCKS = re.findall(r"(?s)```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+PAGES = (ROOT / "README.md", ROOT / "docs/commands.md")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"(?s)```bash\n(.*?)```", TEXT)
 TRAINS = [b for b in BLOCKS if "fairseq-train" in b]
 STAGES = "--evo-spawn-update 1 --dts-anneal-updates 1 --max-update 6 --save-interval-updates 1"
 RUN = "--cpu --num-workers 0 --keep-interval-updates 5 " + STAGES
@@ -21,7 +23,7 @@ SMALL = {
     "masked_lm_evomoe": f"{RUN} {ENCODER}",
     "sentence_prediction": f"--cpu --num-workers 0 --max-epoch 1 {ENCODER}",
 }
-"""Task -> what follows the README's own flags: later flags win."""
+"""Task -> flags that are added after the README's own and override them."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def place(tmp_path):
 
 
 def shell(text: str, place: Path) -> str:
-    """Run a block; each fairseq-train gets the small sizes of its task, generation the CPU."""
+    """Run a block; fairseq-train gets the small sizes of its task, and generation uses the CPU."""
     small = "\n".join(f'        *" {task} "*) set -- "$@" {f} ;;' for task, f in SMALL.items())
     script = f"""set -euo pipefail
 fairseq-train() {{
@@ -55,12 +57,12 @@ def block(*words: str) -> str:
 
 
 def test_all_training_commands_are_here():
-    """A new command in the README needs a test."""
+    """The tests below cover every training command of these pages."""
     assert len(TRAINS) == 3 and sum(b.count("fairseq-train ") for b in TRAINS) == 4
 
 
 def test_translation(toy, place):
-    """Training, then averaging, beam search and BLEU, each as the README has it."""
+    """Training, averaging, beam search and BLEU run as in the page."""
     (place / "data-bin").symlink_to(toy / "bin")
     (place / "test.de").symlink_to(toy / "test.de")
     said = shell(block("--task translation_evomoe"), place)
@@ -71,13 +73,13 @@ def test_translation(toy, place):
 
 
 def test_causal_language_model(toy, place):
-    """Training and perplexity."""
+    """Training and computing perplexity run as in the page."""
     (place / "data-bin").symlink_to(toy / "mono")
     assert "Perplexity" in shell(block("--task language_modeling_evomoe"), place)
 
 
 def test_masked_language_model_and_classifier(toy, place):
-    """Pretraining, then fine-tuning on pairs of sentences in GLUE's columns."""
+    """Pretraining and fine-tuning on pairs of sentences in GLUE's columns run as in the page."""
     (place / "data-bin").symlink_to(toy / "mono")
     lines = (toy / "train.en").read_text().splitlines()
     for name, rows in (("train", range(64)), ("dev", range(64, 96))):
@@ -90,7 +92,7 @@ def test_masked_language_model_and_classifier(toy, place):
 
 
 def binarise(place: Path, words: Path) -> None:
-    """RTE-bin, of whole words."""
+    """Binarise the tables into RTE-bin, at word level."""
     for name in ("train", "dev"):
         rows = [x.split("\t") for x in (place / f"{name}.tsv").read_text().splitlines()[1:]]
         for column, text in zip(

@@ -1,4 +1,4 @@
-"""Runs that are killed, disks that are full, files that are damaged: nothing is lost."""
+"""Nothing is lost if a run is killed, a disk is full or a file is damaged."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ from conftest import run, tool, train, train_args
 
 
 def test_a_run_killed_again_and_again_ends_the_same(toy, tmp_path):
-    """kill -9 in every stage, within writes, copies and the split: the same weights, to the bit."""
+    """After kill -9 in every stage and during writes, copies and splits, weights are identical."""
     script = Path(__file__).with_name("soak.py")
     out = run(sys.executable, script, toy, tmp_path, "--rounds", 3)
     rows = [json.loads(x) for x in out.splitlines() if x.startswith("{")]
@@ -42,7 +42,7 @@ def copied(folder, target):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(begun, toy, tmp_path):
-    """Where there is no room to save, the run ends with an error and the last file is as it was."""
+    """If there is no room to save, the run ends with an error and the last checkpoint is kept."""
     last = copied(begun, tmp_path / "full")
     before = last.read_bytes()
     limit = len(before) // 2
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(begun, toy, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(begun, toy, tmp_path):
-    """Cut off or foreign: the error names the file and the way out, and the file stays."""
+    """If a file is truncated or foreign, the error names it and the fix, and the file is kept."""
     last = copied(begun, tmp_path / "cut")
     whole = last.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no checkpoint at all"):
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named(begun, toy, tmp_path):
     ("flags", "said"),
     [
         (("--moe-expert-count", 6), "encoder.1: the checkpoint has 4 experts; give --moe-expert-c"),
-        (("--expert-type", "memory", "--memory-bits", 4), "has no such experts"),
+        (("--moe-expert-type", "memory", "--memory-bits", 4), "has no such experts"),
         (
             ("--moe-gate-token-bias", 1),
             "encoder.1: the checkpoint has no bias of the token id; give",
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named(begun, toy, tmp_path):
     ids=str,
 )
 def test_other_experts_are_named(begun, toy, tmp_path, flags, said):
-    """A checkpoint of other experts than the flags say: which layer, and what to give."""
+    """If a checkpoint's experts differ from the flags, the error names the layer and the fix."""
     last = copied(begun, tmp_path / "other")
     before = last.read_bytes()
     with pytest.raises(Exception, match="Cannot load model parameters") as caught:
@@ -96,7 +96,7 @@ def test_other_experts_are_named(begun, toy, tmp_path, flags, said):
 
 
 class Bomb:
-    """Unpickled, it would write a file."""
+    """An object that would write a file when unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -57,7 +57,7 @@ def test_eval_lm(trained, toy, task):
 
 @pytest.mark.parametrize("family", ["lm", "mlm"])
 def test_hydra_train(toy, tmp_path, family):
-    """fairseq-hydra-train with a YAML file: defaults from the model's own name, all stages."""
+    """fairseq-hydra-train takes defaults from the YAML's model name and runs all stages."""
     model = {
         "lm": "{_name: transformer_lm_evomoe, decoder_layers: 2, decoder_embed_dim: 32, "
         "decoder_ffn_embed_dim: 64, decoder_attention_heads: 2}",
@@ -92,7 +92,7 @@ model: {model}
 
 @pytest.fixture(scope="module")
 def classification(toy, tmp_path_factory):
-    """A GLUE-style set: is there a number word in the sentence? Binarised as fairseq wants it."""
+    """A binarised GLUE-style set; the label says whether a sentence contains a number word."""
     folder = tmp_path_factory.mktemp("glue")
     numbers = re.compile(r"\b(two|three|four|five|six|seven|eight|nine|ten|\w+teen|\w+ty)\b|\d")
     for split in ("train", "valid"):
@@ -114,9 +114,9 @@ def classification(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("criterion", ["sentence_prediction", "moe_sentence_prediction"])
 def test_fine_tuning(trained, toy, classification, tmp_path, criterion):
-    """fairseq's stock sentence_prediction task learns a class with the pretrained experts.
+    """fairseq's stock sentence_prediction task learns to classify with the pretrained experts.
 
-    The experts stay in the stage of the checkpoint: top-1, without noise.
+    The experts stay in the stage of the checkpoint, that is top-1 without noise.
     """
     path, _ = trained("mlm")
     args = [

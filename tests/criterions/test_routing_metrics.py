@@ -1,4 +1,4 @@
-"""criterions: routing losses weighted as the flags say, metrics equal to counts made by hand."""
+"""criterions: routing losses weighted as the flags say, and metrics equal to counts by hand."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def batch_of(toy, *extra):
 
 @pytest.mark.parametrize("method", ["sum", "average"])
 def test_training_adds_weighted_losses_and_validation_does_not(toy, method):
-    """train loss = task + sample_size * w * combined balance; valid loss = task alone."""
+    """Training loss is task + sample_size * w * combined balance; validation loss is task alone."""
     flags = ("--moe-gate-loss-wt", 0.5, "--moe-gate-loss-combine-method", method)
     criterion, model, batch = batch_of(toy, *flags, "--dts-noise", "none")
     model.train()
@@ -55,7 +55,7 @@ def test_both_criterions_train(toy, tmp_path, name):
 
 
 def test_metrics_equal_counts_made_by_hand():
-    """Two micro-batches, two layers: shares, extremes and means over the sum of both."""
+    """For two micro-batches of two layers, metrics are those of the summed counts."""
     logs = [
         {
             "moe_losses": torch.tensor([1.5, 4.0, 1.0, 0.5]) * 10,
@@ -67,6 +67,7 @@ def test_metrics_equal_counts_made_by_hand():
             "moe_batches": 1,
             "moe_stage": 1.0,
             "moe_temperature": 0.5,
+            "moe_layer_batches": 1,
             "moe_layer_ids": torch.tensor([1, 1003]),
         },
         {
@@ -79,6 +80,7 @@ def test_metrics_equal_counts_made_by_hand():
             "moe_batches": 1,
             "moe_stage": 1.0,
             "moe_temperature": 0.5,
+            "moe_layer_batches": 1,
             "moe_layer_ids": torch.tensor([1, 1003]),
         },
     ]
@@ -97,7 +99,7 @@ def test_metrics_equal_counts_made_by_hand():
 
 
 def test_active_experts_and_load_match_the_layers(toy):
-    """What is logged is what the layers routed: counts of real tokens only."""
+    """The logged counts equal what the layers routed, and cover real tokens only."""
     criterion, model, batch = batch_of(toy)
     model.eval()
     seen = {}
@@ -114,7 +116,7 @@ def test_active_experts_and_load_match_the_layers(toy):
 
 
 def test_update_freq_sees_the_same_tokens(toy, tmp_path):
-    """Two micro-batches an update or one of twice the size: the same counts are averaged."""
+    """With two micro-batches per update, the metrics cover the tokens of both."""
     common = ("--max-update", 3, "--evo-spawn-update", 0, "--batch-size", 8, "--max-tokens", 9999)
     rows = train(*train_args(toy, tmp_path, *common, "--update-freq", 2))
     assert all(r["moe_active_experts"] >= 1 for r in rows) and rows[0]["bsz"] == 16
@@ -123,10 +125,10 @@ def test_update_freq_sees_the_same_tokens(toy, tmp_path):
 @pytest.mark.parametrize(
     "change, flag",
     [
-        (dict(moe_gate_loss_wt=-1.0), "--moe-gate-loss-wt"),
-        (dict(moe_z_loss_wt=float("nan")), "--moe-z-loss-wt"),
-        (dict(moe_entropy_loss_wt=-0.1), "--moe-entropy-loss-wt"),
-        (dict(moe_gate_loss_combine_method="max"), "--moe-gate-loss-combine-method"),
+        ({"moe_gate_loss_wt": -1.0}, "--moe-gate-loss-wt"),
+        ({"moe_z_loss_wt": float("nan")}, "--moe-z-loss-wt"),
+        ({"moe_entropy_loss_wt": -0.1}, "--moe-entropy-loss-wt"),
+        ({"moe_gate_loss_combine_method": "max"}, "--moe-gate-loss-combine-method"),
     ],
     ids=str,
 )

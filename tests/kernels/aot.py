@@ -1,9 +1,10 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here; run by the tests.
+"""Compile the Triton kernels ahead of time, for GPUs that this machine lacks; test_aot.py runs it.
 
     python tests/kernels/aot.py
 
-Prints a JSON line a kernel and target: registers, spilled bytes, shared memory. Pointers are taken
-as aligned to 16 bytes, as torch's are; else another kernel would be compiled than will run.
+Prints one JSON line per kernel and target with registers, spilled bytes and shared memory. Pointers
+are declared as aligned to 16 bytes, as torch's are; otherwise Triton would compile another kernel
+than the one that runs.
 """
 
 import json
@@ -20,20 +21,16 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fairseq_evomoe.kernels import (
-    dispatch_triton,
-    fused_ffn_triton,
-    gate_triton,
-    lookup_triton,
-    routing_sums_triton,
-    routing_triton,
-)
+from fairseq_evomoe.kernels.experts import dispatch_triton, pairs_triton, products_triton
+from fairseq_evomoe.kernels.gate import gate_triton, sums_triton
+from fairseq_evomoe.kernels.lookup import lookup_triton
+from fairseq_evomoe.kernels.triton_tiles import tile_shape
 
 TARGETS = (80, 90)
 
 
 def cases():
-    """(name, kernel, signature, constants, pointers and numbers that 16 divides)."""
+    """Yield (name, kernel, signature, constants, names of numbers that 16 divides)."""
     for score in range(3):
         for table, scaled in (("fp32", False), ("bf16", False), ("i8", True)):
             yield (
@@ -116,7 +113,7 @@ def cases():
 
 
 def gate_cases():
-    """With and without all that they can do, of few experts and of as many as they take."""
+    """The gate's kernels with all their options, for 64 experts and for 4096, their limit."""
     gate = {
         **{"z_ptr": "*fp32", "active_ptr": "*i8", "tokens": "i32", "experts": "i32"},
         **{"tau": "fp32", "noise": "fp32", "seed": "i32"},
@@ -124,7 +121,12 @@ def gate_cases():
     pointers = dict.fromkeys(("bias_ptr", "weight_ptr", "probs_ptr", "part_ptr"), "*fp32")
     pulls = dict.fromkeys(("dweight_ptr", "dprobs_ptr", "dsums_ptr", "dz_ptr"), "*fp32")
     for experts, combine in [(64, kind) for kind in range(4)] + [(4096, 0)]:
-        sizes = {"COMBINE": combine, "NOISY": True, "SUMS": True, **gate_triton.sizes(experts)}
+        sizes = {
+            "COMBINE": combine,
+            "NOISY": True,
+            "SUMS": True,
+            **gate_triton.launch_sizes(experts),
+        }
         what = f"{experts} experts, weights {combine}"
         yield (
             f"gate forward, {what}",
@@ -138,13 +140,13 @@ def gate_cases():
 
 
 def routing_cases():
-    shape = routing_triton.shape(64)
+    shape = tile_shape(64)
     sizes = {"tokens": "i32", "experts": "i32"}
     count = {"active_ptr": "*i8", "count_ptr": "*i32", **sizes}
-    yield "count pairs", routing_triton._count, count, shape, ()
+    yield "count pairs", pairs_triton._count, count, shape, ()
     yield (
         "accumulate counts",
-        routing_triton._accumulate,
+        pairs_triton._accumulate,
         {
             **dict.fromkeys(("count_ptr", "ends_ptr"), "*i32"),
             **sizes,
@@ -156,19 +158,19 @@ def routing_cases():
     )
     pointers = ("before_ptr", "ends_ptr", "place_ptr", "token_ptr", "expert_ptr")
     place = {"active_ptr": "*i8", **dict.fromkeys(pointers, "*i32"), **sizes, "pairs": "i32"}
-    yield "place pairs", routing_triton._place, place, shape, ()
+    yield "place pairs", pairs_triton._place, place, shape, ()
     values = {"z_ptr": "*fp32", "p_ptr": "*fp32", **sizes}
-    on = {"wanted_ptr": "*i8", "part_ptr": "*fp32", **values}
-    yield "sum of a gate", routing_sums_triton._forward, on, shape, ()
+    on = {"chosen_ptr": "*i8", "part_ptr": "*fp32", **values}
+    yield "sum of a gate", sums_triton._forward, on, shape, ()
     back = {**dict.fromkeys(("grad_ptr", "dz_ptr", "dp_ptr"), "*fp32"), **values}
-    yield "sum of a gate, backward", routing_sums_triton._backward, back, shape, ()
+    yield "sum of a gate, backward", sums_triton._backward, back, shape, ()
 
 
 def fused_cases():
-    """Both products at every tile that they have, at the sizes that divide by 16."""
+    """Both grouped products with every tile shape that they use, at sizes that 16 divides."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for each in (8, 64) if name == "fp32" else (8, 64, 256):
-            sizes = fused_ffn_triton.tiles(each, 1, dtype)
+            sizes = products_triton.tile_sizes(each, 1, dtype)
             exact = {"PRECISION": "ieee", "WIDEN": False}
             own = {"token_ptr": "*i32", "ends_ptr": "*i32", "experts": "i32", "weight_ptr": "*fp32"}
             for mode in range(4):
@@ -177,10 +179,10 @@ def fused_cases():
                 apart = {"b_depth": 1} if mode < 2 else {"b_width": 1}
                 yield (
                     f"grouped rows {mode}, {name}, {each} rows an expert",
-                    fused_ffn_triton._rows,
+                    products_triton._rows,
                     {
                         **dict.fromkeys(values, f"*{name}"),
-                        **{"dots_ptr": "*fp32", **own},
+                        **{"dot_products_ptr": "*fp32", **own},
                         **{n: "i32" for n in numbers if n not in apart},
                     },
                     {
@@ -193,14 +195,14 @@ def fused_cases():
                 values = ("a_ptr", "b_ptr", "out_ptr", "bias_ptr")
                 yield (
                     f"grouped weights, weighted {weighted}, {name}, {each} rows an expert",
-                    fused_ffn_triton._weights,
+                    products_triton._weights,
                     {
                         **dict.fromkeys(values, f"*{name}"),
                         **{**own, "height": "i32", "width": "i32"},
                     },
                     {
                         **{"GATHER_A": weighted, "GATHER_B": not weighted, "WEIGHTED": weighted},
-                        **{**exact, **sizes, **fused_ffn_triton.weight_tiles(sizes)},
+                        **{**exact, **sizes, **products_triton.weight_tile_sizes(sizes)},
                     },
                     ("height", "width"),
                 )
@@ -214,7 +216,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         out = subprocess.run(
             [tool, "-res-usage", f.name], capture_output=True, text=True, check=True
         ).stdout
-    # STACK is what does not fit into registers: spills and local arrays
+    # STACK counts what does not fit into registers, that is spills and local arrays
     return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
 
 

@@ -1,4 +1,4 @@
-"""What can be told of GPU kernels without a GPU: they compile, into registers; see `aot.py`."""
+"""Checks of GPU kernels without a GPU: they compile and fit into registers; see `aot.py`."""
 
 import json
 import os
@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
+
 
 pytest.importorskip("triton")
 

@@ -1,4 +1,4 @@
-"""kernels/gate.py and gate_triton.py: one rule, two implementations, every gradient."""
+"""kernels/gate.py and gate_triton.py: two implementations of one rule, and their gradients."""
 
 import math
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fairseq_evomoe.kernels import backend, gate
-from fairseq_evomoe.kernels.gate import COMBINE, Rule
-from fairseq_evomoe.kernels.gate_triton import fused_gate
-from fairseq_evomoe.kernels.routing_sums import entropy, routing_sums
+from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels.gate import gate
+from fairseq_evomoe.kernels.gate.gate_triton import fused_gate
+from fairseq_evomoe.kernels.gate.rule import COMBINE, Rule, combine_weights
+from fairseq_evomoe.kernels.gate.sums import entropy, routing_sums
 
 RULES = {
     "threshold": {"threshold": 0.1},
-    "cap": {"threshold": 0.02, "cap": 2},
-    "cap of 1": {"threshold": 0.02, "cap": 1},
+    "limit": {"threshold": 0.02, "max_active": 2},
+    "limit of 1": {"threshold": 0.02, "max_active": 1},
     "hard": {"exactly": 1},
     "two": {"exactly": 2},
     "all": {"threshold": 0.0},
@@ -31,11 +32,11 @@ def loops(logits, rule, bias):
     active = torch.zeros_like(logits, dtype=torch.bool)
     for t in range(len(logits)):
         order = sorted(range(logits.size(1)), key=lambda e: (-by[t, e].item(), e))
-        most = rule.exactly or rule.cap or len(order)
+        most = rule.exactly or rule.max_active or len(order)
         for place, e in enumerate(order[:most]):
             if rule.exactly or place == 0 or by[t, e] >= rule.threshold:
                 active[t, e] = True
-    return gate.combine(probs, p, active, rule.combine), active, probs
+    return combine_weights(probs, p, active, rule.combine), active, probs
 
 
 def fused(logits, rule, bias=None, seed=0, **more):
@@ -49,13 +50,15 @@ def inputs(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("combine", COMBINE)
-@pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_follow_the_rule(shape, kind, combine, biased, triton_can, monkeypatch):
-    """Weights, choice, softmax, sums and the gradient of the logits, against loops in float64."""
-    if RULES[kind].get("exactly", 1) > shape[1]:
-        pytest.skip("more experts than there are")
-    rule = Rule(0.7, combine=combine, **RULES[kind])
+@pytest.mark.parametrize(
+    "kind, shape",
+    # a rule may need more experts than a shape has
+    [(k, s) for k in RULES for s in SHAPES if RULES[k].get("exactly", 1) <= s[1]],
+    ids=str,
+)
+def test_both_follow_the_rule(shape, kind, combine, biased, triton_can, force):
+    """Weights, choice, softmax, sums and the gradient of the logits equal loops in float64."""
+    rule = Rule(temperature=0.7, combine=combine, **RULES[kind])
     logits, bias = inputs(shape)
     bias = bias if biased else None
     grad = [torch.randn(shape, device=DEVICE) for _ in range(2)]
@@ -71,7 +74,7 @@ def test_both_follow_the_rule(shape, kind, combine, biased, triton_can, monkeypa
     parts = want[0], want[2], want[2].sum(0), level, entropy(want[2]).sum()
     (dz,) = torch.autograd.grad(loss(*parts), z)
     for serving in ("torch", "triton"):
-        monkeypatch.setattr(backend, "forced", serving)
+        force(backend.use(serving))
         own = logits.clone().requires_grad_()
         have = gate.dense_to_sparse(own, rule, bias, sums=True)
         assert torch.equal(have.active, want[1])
@@ -87,9 +90,9 @@ def test_both_follow_the_rule(shape, kind, combine, biased, triton_can, monkeypa
 @pytest.mark.parametrize("serving", ["torch", "triton"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("k", "renorm"), [(1, False), (2, True), (5, True)])
-def test_top_k(k, renorm, biased, serving, triton_can, monkeypatch):
-    """The k best by z + b, weighed by softmax(z) or that over their sum; sums, gradient."""
-    monkeypatch.setattr(backend, "forced", serving)
+def test_top_k(k, renorm, biased, serving, triton_can, force):
+    """The k best by z + b get weight softmax(z), or that over its sum; load and gradient match."""
+    force(backend.use(serving))
     logits, bias = inputs((19, 5))
     z = logits.double().requires_grad_()
     rows, wanted = [], []
@@ -114,24 +117,26 @@ def test_top_k(k, renorm, biased, serving, triton_can, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 2, 16])
 def test_noise_is_the_seed_s_own(block):
-    """The same seed gives the same result whatever the block; another seed gives another."""
+    """A seed gives the same result whatever the block size; another seed gives another result."""
     logits, _ = inputs((37, 6))
-    rule = Rule(0.5, noise=1.0, threshold=0.1, combine="raw")
+    rule = Rule(temperature=0.5, noise=1.0, threshold=0.1, combine="raw")
     want = fused(logits, rule, seed=11)
     have = fused(logits, rule, seed=11, block=block)
     assert torch.equal(want[1], have[1])
-    # a block of another size may add a row in another order
+    # a block of another size may sum a row in another order
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(want[::2], have[::2], strict=True))
     other = fused(logits, rule, seed=12)
     assert not torch.equal(other[0], want[0])
-    assert torch.equal(other[2], want[2]), "softmax(z) knows no noise"
+    assert torch.equal(other[2], want[2]), "softmax(z) contains no noise"
 
 
 def test_noise_is_gumbel():
     """With full noise the argmax is a draw from softmax(z), at any temperature."""
     z = torch.tensor([1.0, 0.0, -1.0, 0.5], device=DEVICE)
     n = 20000
-    _, active, *_ = fused(z.expand(n, 4), Rule(0.3, noise=1.0, exactly=1), seed=5, block=64)
+    _, active, *_ = fused(
+        z.expand(n, 4), Rule(temperature=0.3, noise=1.0, exactly=1), seed=5, block=64
+    )
     share, want = active.float().mean(0), z.softmax(0)
     # five standard deviations of a share
     assert ((share - want).abs() < 5 * (want * (1 - want) / n).sqrt()).all()
@@ -139,7 +144,7 @@ def test_noise_is_gumbel():
 
 def test_noise_in_backward_is_that_of_forward():
     """Finite differences at fixed noise equal the gradient."""
-    rule = Rule(0.8, noise=1.0, threshold=0.05, combine="renorm")
+    rule = Rule(temperature=0.8, noise=1.0, threshold=0.05, combine="renorm")
     logits, _ = inputs((3, 4))
     grad = torch.randn(3, 4, device=DEVICE)
     value = lambda z: (fused(z, rule, seed=3)[0].double() * grad).sum()
@@ -156,7 +161,7 @@ def test_noise_in_backward_is_that_of_forward():
 def test_extreme_logits_stay_finite():
     """Large logits and a low temperature give weights that sum to 1, and finite gradients."""
     logits = torch.tensor([[1e4, -1e4, 0.0], [-3e4, 3e4, 3e4]], device=DEVICE, requires_grad=True)
-    rule = Rule(0.1, noise=1.0, threshold=0.1, combine="renorm")
+    rule = Rule(temperature=0.1, noise=1.0, threshold=0.1, combine="renorm")
     weights, active, _, sums = fused(logits, rule, seed=1, sums=True)
     assert sums.isfinite().all()
     assert torch.allclose(weights.sum(1), torch.ones(2, device=DEVICE)) and active.any(1).all()
@@ -166,7 +171,7 @@ def test_extreme_logits_stay_finite():
 
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_op_keeps_its_promises(sums):
-    """torch's own checks: schema, fake tensors, autograd; with a bias, noise, and both sums."""
+    """The op passes torch.library.opcheck with a bias and noise, with and without the sums."""
     logits, bias = inputs((9, 5))
     args = [
         logits.requires_grad_(),
@@ -187,7 +192,7 @@ def test_the_op_keeps_its_promises(sums):
 def test_one_graph(triton_can):
     """A compiled call draws its noise from torch's stream, as an eager one does."""
     torch._dynamo.reset()
-    rule = Rule(0.7, noise=1.0, threshold=0.1, combine="renorm")
+    rule = Rule(temperature=0.7, noise=1.0, threshold=0.1, combine="renorm")
     call = lambda z: gate.dense_to_sparse(z, rule, None, sums=True)
     found = []
     for each in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):

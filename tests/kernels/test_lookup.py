@@ -1,17 +1,20 @@
-"""kernels/lookup.py: codes, scores, gradients against plain loops and numerical derivatives."""
+"""kernels/lookup/: codes, scores, gradients against plain loops and numerical derivatives."""
 
 import math
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, run
 
-from fairseq_evomoe.kernels import backend, reference
-from fairseq_evomoe.kernels import lookup as kernel
-from fairseq_evomoe.kernels.lookup import SCORES, codes, lookup, quantise, score_moment
+from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels.lookup import eager, reference
+from fairseq_evomoe.kernels.lookup.lookup import lookup
+from fairseq_evomoe.kernels.lookup.score import SCORES, codes, quantise, score_moment, weigh
 
 SHAPES = [
     (1, 1, 1, 1),  # the smallest
-    (7, 3, 4, 5),  # odd everything
+    (7, 3, 4, 5),  # unequal sizes
     (64, 4, 8, 16),  # a row of every table is hit
     (3, 2, 10, 6),  # more than 8 bits
     (0, 3, 4, 5),  # no rows
@@ -43,7 +46,7 @@ def by_hand(z, tables, score, t):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(op, score, shape):
-    """Equal to the equations written out, at two temperatures."""
+    """The output equals the equations written out, at two temperatures."""
     z, tables = inputs(shape, torch.float64)
     for t in (0.5, 1.0):
         want = by_hand(z, tables, score, t)
@@ -53,7 +56,7 @@ def test_forward(op, score, shape):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_equal_the_reference(score, shape):
-    """dz and dT against autograd through the reference, float32 and float64."""
+    """dz and dT equal autograd through the reference, in float32 and float64."""
     for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         z, tables = inputs(shape, dtype)
         dy = torch.randn(shape[0], shape[3], dtype=torch.float64).to(dtype)
@@ -69,7 +72,7 @@ def test_gradients_equal_the_reference(score, shape):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_gradcheck(score):
-    """Numerical derivatives away from z = 0, where the function jumps."""
+    """Gradients equal numerical derivatives away from z = 0, where the function jumps."""
     z, tables = inputs((4, 3, 4, 5), torch.float64)
     z = z + 0.1 * torch.where(z >= 0, 1, -1)
     z.requires_grad_(), tables.requires_grad_()
@@ -92,7 +95,7 @@ def test_zero_counts_as_positive(score):
 @pytest.mark.parametrize("bits", [1, 8, 10, 12])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_code_is_exact_in_half_precision(bits, dtype):
-    """All 2^bits sign patterns give their own row: packed as integers, first value lowest."""
+    """Each of the 2^bits sign patterns has its own code, whose lowest bit is the first value."""
     patterns = torch.arange(2**bits)
     signs = ((patterns[:, None] >> torch.arange(bits)) & 1) * 2 - 1
     assert torch.equal(codes(signs[:, None].to(dtype)).squeeze(1), patterns)
@@ -100,7 +103,7 @@ def test_every_code_is_exact_in_half_precision(bits, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_accumulates_in_float32(dtype):
-    """Half tables, float32 sum: 128 equal rows add up exactly, where half would stop counting."""
+    """Half-precision tables are summed in float32, in which none of the 128 rows is lost."""
     z = torch.full((2, 128, 4), 9.0, dtype=dtype)
     tables = torch.ones(128, 16, 3, dtype=dtype)
     tables[0] = 1024
@@ -113,12 +116,12 @@ def test_half_precision_accumulates_in_float32(dtype):
         assert a.grad.dtype == b.grad.dtype == dtype and torch.isfinite(a.grad).all()
 
 
-def test_chunks_change_nothing(monkeypatch):
-    """The memory bound of mixed dtypes splits rows, not results."""
-    monkeypatch.setattr(backend, "forced", "torch")
+def test_chunks_change_nothing(monkeypatch, force):
+    """Splitting rows into chunks, which bounds memory for mixed dtypes, changes no result."""
+    force(backend.use("torch"))
     z, tables = inputs((37, 3, 4, 5))
     whole = lookup(z, tables.bfloat16(), score="prob")
-    monkeypatch.setattr(kernel, "_CHUNK", 40)
+    monkeypatch.setattr(eager, "_CHUNK", 40)
     assert torch.equal(lookup(z, tables.bfloat16(), score="prob"), whole)
 
 
@@ -126,14 +129,14 @@ def test_chunks_change_nothing(monkeypatch):
 @pytest.mark.parametrize("bits", [1, 4, 8, 10])
 @pytest.mark.parametrize("t", [0.5, 1.0])
 def test_score_moment(score, bits, t):
-    """The quadrature equals the mean over many draws."""
+    """The quadrature of the score's moment equals the mean over many draws."""
     z = torch.randn(400000, 1, bits)
-    want = kernel.weigh(z, score, t).square().mean().sqrt().item()
+    want = weigh(z, score, t).square().mean().sqrt().item()
     assert score_moment(score, bits, t) == pytest.approx(want, rel=0.02)
 
 
 def test_published_moments():
-    """Mean score at 8 and 10 bits as measured elsewhere: rms .154 and .097; official 1.26, .99."""
+    """The rms scores at 8 and 10 bits are as measured elsewhere: .154, .097; official 1.26, .99."""
     assert score_moment("prob", 8, 1.0) == pytest.approx(0.154, abs=2e-3)
     assert score_moment("prob", 10, 1.0) == pytest.approx(0.097, abs=2e-3)
     assert score_moment("abs_prob", 8, 1.0) == pytest.approx(1.26, abs=0.01)
@@ -141,7 +144,7 @@ def test_published_moments():
 
 
 def test_bad_shapes_and_scores():
-    """What does not fit is said with the shape that would."""
+    """The error states the shape that the tables need, or the scores that exist."""
     z, tables = inputs((2, 3, 4, 5))
     with pytest.raises(ValueError, match=r"needs tables \(3, 16, H\)"):
         lookup(z, tables[:, :8], score="prob")
@@ -151,9 +154,9 @@ def test_bad_shapes_and_scores():
 
 @pytest.mark.parametrize("name", ["torch", "reference"])
 @pytest.mark.parametrize("score", SCORES)
-def test_int8_tables(score, name, monkeypatch):
-    """A scale a row: within half a step of each row of the float result, exact on whole steps."""
-    monkeypatch.setattr(backend, "forced", name)
+def test_int8_tables(score, name, force):
+    """With a scale per row, int8 tables err by at most half a step and are exact at whole steps."""
+    force(backend.use(name))
     z, tables = inputs((40, 3, 4, 5))
     small, scale = quantise(tables)
     assert small.dtype == torch.int8 and scale.shape == (3, 16)
@@ -167,3 +170,23 @@ def test_int8_tables(score, name, monkeypatch):
     assert torch.allclose(small.float() * scale[..., None], whole * 0.5)
     nothing, scale = quantise(torch.zeros(1, 2, 3))
     assert nothing.abs().sum() == 0 and torch.isfinite(scale).all()
+
+
+@pytest.mark.slow
+def test_first_look_ups_in_many_threads():
+    """Threads that make the first look-ups of a process register the ops once and agree."""
+    script = """
+import sys, threading, torch
+sys.path.insert(0, sys.argv[1])
+from fairseq_evomoe.kernels.lookup.lookup import lookup
+z, tables, found = torch.randn(5, 4, 4), torch.randn(4, 16, 8), []
+start = threading.Barrier(8)
+def work():
+    start.wait()
+    found.append(lookup(z, tables, score="prob"))
+threads = [threading.Thread(target=work) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(found) == 8 and all(torch.equal(y, found[0]) for y in found), len(found)
+"""
+    assert "verrid" not in run(sys.executable, "-W", "default", "-c", script, ROOT)

@@ -8,38 +8,40 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fairseq_evomoe.kernels import backend, lookup_cpu, native, reference
-from fairseq_evomoe.kernels.lookup import SCORES, lookup, quantise
+from fairseq_evomoe.kernels import backend, native
+from fairseq_evomoe.kernels.lookup import cpu, reference
+from fairseq_evomoe.kernels.lookup.lookup import lookup
+from fairseq_evomoe.kernels.lookup.score import SCORES, quantise
 
 SHAPES = [
     (1, 1, 1, 1),  # the smallest
-    (1, 5, 8, 100),  # one row: split over columns; a width that fills no register
-    (7, 3, 4, 5),  # odd everything
-    (64, 9, 8, 48),  # by rows, tables that four do not divide
-    (600, 11, 4, 70),  # by tiles, tables that eight do not divide, a last tile of 6 columns
-    (300, 3, 5, 32),  # by tiles of whole width
-    (5200, 2, 10, 33),  # by tiles too large for eight at once
+    (1, 5, 8, 100),  # one row, split over columns; the width fills no register
+    (7, 3, 4, 5),  # unequal sizes
+    (64, 9, 8, 48),  # by rows; 4 does not divide the number of tables
+    (600, 11, 4, 70),  # by tiles; 8 does not divide the tables, the last tile has 6 columns
+    (300, 3, 5, 32),  # by tiles, all of full width
+    (5200, 2, 10, 33),  # by tiles too large for 8 tables at once
     (0, 3, 4, 5),  # no rows
 ]
 
 
-@pytest.fixture(params=lookup_cpu.ISAS)
-def isa(request, monkeypatch):
-    assert not lookup_cpu.missing()
-    if lookup_cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
+@pytest.fixture(params=cpu.ISAS)
+def isa(request, monkeypatch, force):
+    assert not cpu.unavailable()
+    if cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
         pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(backend, "forced", "native")
+    force(backend.use("native"))
     with chosen(monkeypatch, request.param):
         yield
 
 
 @contextmanager
 def chosen(monkeypatch, name):
-    """EVOMOE_CPU_ISA is read once in a process: here it is read anew."""
+    """Set EVOMOE_CPU_ISA, which is read once per process, and clear the cached value."""
     monkeypatch.setenv("EVOMOE_CPU_ISA", name)
-    lookup_cpu._isa.cache_clear()
+    cpu._isa.cache_clear()
     yield
-    lookup_cpu._isa.cache_clear()
+    cpu._isa.cache_clear()
 
 
 def inputs(shape):
@@ -55,7 +57,7 @@ def close(have, want):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_every_gradient(shape, score, isa):
-    """y, dz and dT against autograd through the reference in float64."""
+    """y, dz and dT equal those of autograd through the reference in float64."""
     z, tables = inputs(shape)
     dy = torch.randn(shape[0], shape[3])
     results = []
@@ -72,7 +74,7 @@ def test_forward_and_every_gradient(shape, score, isa):
 
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 def test_one_gradient_alone(shape, isa):
-    """What is not asked for is not computed, and changes nothing in the other."""
+    """A gradient that is not requested is not computed, and the other one does not change."""
     z, tables = inputs(shape)
     dy = torch.randn(shape[0], shape[3])
     both = z.clone().requires_grad_(), tables.clone().requires_grad_()
@@ -87,7 +89,7 @@ def test_one_gradient_alone(shape, isa):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_small_tables(shape, score, isa):
-    """int8 rows with their scales, and bfloat16 rows, are read as what they stand for."""
+    """int8 rows with their scales, and bfloat16 rows, are read as the values they encode."""
     z, tables = inputs(shape)
     small, scale = quantise(tables)
     want = reference.lookup(z.double(), (small.float() * scale[..., None]).double(), score=score)
@@ -99,13 +101,15 @@ def test_small_tables(shape, score, isa):
     for x in (a, b):
         lookup(z, x, score=score).sum().backward()
     assert a.grad.dtype == torch.bfloat16 and torch.equal(a.grad, b.grad.bfloat16())
-    with pytest.raises(ValueError, match="for inference"):
-        lookup(z.clone().requires_grad_(), small, score=score, row_scale=scale)
+    plain = lookup(z, small, score=score, row_scale=scale)
+    with_grad = lookup(z.clone().requires_grad_(), small, score=score, row_scale=scale)
+    assert torch.equal(with_grad, plain) and not with_grad.requires_grad, "a constant to autograd"
 
 
 @pytest.mark.parametrize("shape", [(600, 11, 4, 70), (64, 9, 8, 48)], ids=str)
 def test_a_row_does_not_know_its_batch(shape, isa):
-    """The same bits alone, among many and with any number of threads: sums have one order."""
+    """A row's result is the same to the bit alone, in a batch and on any number of threads, because
+    every sum has a fixed order."""
     z, tables = inputs(shape)
     whole = lookup(z, tables, score="prob")
     for i in (0, len(z) // 2, len(z) - 1):
@@ -125,7 +129,7 @@ def test_a_row_does_not_know_its_batch(shape, isa):
 
 
 def test_special_values(isa):
-    """0 and -0 set the bit, infinities are sure (p = 1), a NaN stays and spoils no other row."""
+    """0 and -0 set the bit, infinities have p = 1, and a NaN affects its own row alone."""
     tables = torch.randn(1, 8, 20)
     z = torch.tensor([[0.0, -0.0, 0.0], [torch.inf, -torch.inf, torch.inf], [1e30, 1, -1e-30]])
     y = lookup(z[:, None], tables, score="prob")
@@ -138,7 +142,7 @@ def test_special_values(isa):
 
 
 def test_nothing_is_left_unwritten(isa):
-    """With fresh memory full of NaN, every number of the results is still a number."""
+    """With new memory filled with NaN, every element of the results is still finite."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -152,12 +156,12 @@ def test_nothing_is_left_unwritten(isa):
 
 
 def test_half_precision_inputs_and_strides(isa):
-    """Inputs of half precision and transposed tables are read as they are meant."""
+    """Half-precision inputs and non-contiguous inputs and tables give the right results."""
     z, tables = inputs((33, 3, 4, 16))
     for dtype in (torch.float16, torch.bfloat16):
         y = lookup(z.to(dtype), tables, score="prob")
         want = reference.lookup(z.to(dtype).double(), tables.double(), score="prob")
-        assert y.dtype == dtype and torch.equal(y, want.float().to(dtype)) or close(y, want)
+        assert (y.dtype == dtype and torch.equal(y, want.float().to(dtype))) or close(y, want)
     turned = tables.transpose(1, 2).contiguous().transpose(1, 2)
     strided = torch.stack([z, z])[:, ::2]
     assert torch.equal(
@@ -166,9 +170,9 @@ def test_half_precision_inputs_and_strides(isa):
 
 
 def test_as_ops_of_torch(isa):
-    """opcheck of both ops, and a whole graph under torch.compile with the same gradients."""
+    """The ops pass opcheck, and torch.compile makes one graph with the same gradients."""
     z, tables = (x.requires_grad_() for x in inputs((40, 3, 4, 16)))
-    call = (z, tables, None, 0, 0.7, lookup_cpu.isa())
+    call = (z, tables, None, 0, 0.7, cpu.isa())
     torch.library.opcheck(torch.ops.evomoe.lookup_cpu, call)
     plain = (z.detach(), tables.detach(), *call[2:])
     torch.library.opcheck(torch.ops.evomoe.lookup_cpu_infer, plain)
@@ -178,9 +182,7 @@ def test_as_ops_of_torch(isa):
     _, code, p = torch.ops.evomoe.lookup_cpu(*call)
     back = (torch.randn(40, 16), z.detach(), tables.detach(), code, p.detach(), 0, 0.7)
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            torch.ops.evomoe.lookup_cpu_backward, (*back, *needs, lookup_cpu.isa())
-        )
+        torch.library.opcheck(torch.ops.evomoe.lookup_cpu_backward, (*back, *needs, cpu.isa()))
     torch._dynamo.reset()  # a compiled graph keeps the instruction set it was compiled with
     f = lambda a, b: lookup(a, b, score="prob", temperature=0.7).square().sum()
     grads = []
@@ -191,14 +193,14 @@ def test_as_ops_of_torch(isa):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_what_it_cannot_serve_is_said(monkeypatch):
-    """float64 goes to torch by itself, and is refused with the reason when native is forced."""
+def test_what_it_cannot_serve_is_said(monkeypatch, force):
+    """float64 falls back to torch, and is refused with the reason if native is forced."""
     z, tables = inputs((3, 2, 4, 5))
     args = (z.double(), tables.double())
     assert torch.allclose(
         lookup(*args, score="prob"), reference.lookup(*args, score="prob"), atol=1e-12
     )
-    monkeypatch.setattr(backend, "forced", "native")
+    force(backend.use("native"))
     with pytest.raises(ValueError, match="it has no torch.float64"):
         lookup(*args, score="prob")
     with (
@@ -211,18 +213,19 @@ def test_what_it_cannot_serve_is_said(monkeypatch):
 PROGRAM = """
 import logging, torch
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-from fairseq_evomoe.kernels.lookup import lookup
+from fairseq_evomoe.kernels.lookup.lookup import lookup
 for _ in range(2):
     lookup(torch.randn(2, 3, 4), torch.randn(3, 16, 5), score="prob")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "said"),
     [("/no/such/compiler", "No such file"), ("/bin/false", "/bin/false exited 1")],
 )
 def test_without_a_compiler_torch_serves(compiler, said, tmp_path):
-    """One line says why; the call works; nothing half-built stays behind."""
+    """Without a compiler one log line says why, the call works, and no partial build remains."""
     env = {**os.environ, "CXX": compiler, "EVOMOE_CACHE": str(tmp_path)}
     env.pop("EVOMOE_BACKEND", None)
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
@@ -232,10 +235,11 @@ def test_without_a_compiler_torch_serves(compiler, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_build_is_kept(tmp_path, monkeypatch):
-    """The second call of a build is a look into the cache folder."""
+    """A second build returns the library in the cache folder without compiling again."""
     monkeypatch.setenv("EVOMOE_CACHE", str(tmp_path))
-    first = native.build("lookup_cpu")
+    first = native.build(cpu.SOURCES, "lookup_cpu")
     stamp = first.stat().st_mtime_ns
-    assert native.build("lookup_cpu") == first and first.stat().st_mtime_ns == stamp
+    assert native.build(cpu.SOURCES, "lookup_cpu") == first and first.stat().st_mtime_ns == stamp
     assert [p.name for p in tmp_path.iterdir()] == [first.name]

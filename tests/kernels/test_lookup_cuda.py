@@ -10,21 +10,26 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from fairseq_evomoe.kernels import backend, lookup_cuda, native, reference
-from fairseq_evomoe.kernels.lookup import SCORES, lookup, quantise
+from fairseq_evomoe.kernels import backend, native
+from fairseq_evomoe.kernels.lookup import cuda, reference
+from fairseq_evomoe.kernels.lookup.lookup import lookup
+from fairseq_evomoe.kernels.lookup.score import SCORES, quantise
 
-SOURCE = native.SOURCES / "lookup_cuda.cu"
+pytestmark = pytest.mark.slow
+
+
+SOURCE = cuda.SOURCES / "lookup_cuda.cu"
 SHAPES = [
-    (1, 1, 1, 1, 1),  # the smallest; B, K, t, H and shares of the tables
-    (1, 20, 8, 256, 2),  # two shares, whole pieces
-    (2, 9, 5, 133, 1),  # one warp has a second table; a width that no piece divides
-    (3, 17, 10, 40, 2),  # shares of different size
+    (1, 1, 1, 1, 1),  # the smallest; B, K, t, H and parts that the tables are split into
+    (1, 20, 8, 256, 2),  # two parts, rows of whole 16-byte pieces
+    (2, 9, 5, 133, 1),  # one warp has a second table; rows that end within a 16-byte piece
+    (3, 17, 10, 40, 2),  # two parts of different size
 ]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The library with a thread for each CUDA thread, from the very same source."""
+    """The library compiled from the same source for the CPU, with one thread per CUDA thread."""
     out = tmp_path_factory.mktemp("emulated") / "lookup.so"
     here = Path(__file__).parent
     subprocess.run(
@@ -34,18 +39,21 @@ def emulated(tmp_path_factory):
         ],
         check=True,
     )
-    return lookup_cuda.declare(ctypes.CDLL(str(out)))
+    return cuda.declare(ctypes.CDLL(str(out)))
 
 
 def run(library, z, tables, scale, score, parts):
-    return lookup_cuda.call(library, z, tables, scale, score, 0.7, parts=parts, device=0, stream=0)
+    return cuda.call(library, z, tables, scale, score, 0.7, parts=parts, device=0, stream=0)
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_thread_by_hand(shape, score, emulated):
-    """Threads, warps, ballots, shuffles and barriers as written: fp32, bf16 and int8 tables, both
-    dtypes of input, against the reference in float64; the output is written whole."""
+    """The kernel, emulated thread by thread, equals the reference in float64.
+
+    Warps, ballots, shuffles and barriers run as written, with fp32, bf16 and int8 tables and both
+    input dtypes. Every element of the output is written.
+    """
     rows, count, bits, width, parts = shape
     z, tables = torch.randn(rows, count, bits), torch.randn(count, 2**bits, width)
     small, scale = quantise(tables)
@@ -62,7 +70,8 @@ def test_every_thread_by_hand(shape, score, emulated):
 
 
 def test_special_values(emulated):
-    """0 and -0 set the bit; infinities are sure; a NaN spoils its own row; no rows, no work."""
+    """0 and -0 set the bit, infinities have p = 1, a NaN affects only its own row, and B = 0
+    works."""
     tables = torch.randn(1, 8, 20)
     z = torch.tensor([[0.0, -0.0, 0.0], [torch.inf, -torch.inf, torch.inf], [1.0, torch.nan, 1.0]])
     y = run(emulated, z[:, None].contiguous(), tables, None, "prob", 1)
@@ -74,11 +83,11 @@ def test_special_values(emulated):
 
 
 def test_shares_of_the_tables():
-    """Few strips are shared out until two blocks stand on each processor; a warp keeps a table."""
-    assert lookup_cuda.shares(1, 8, 128, 132) == 16
-    assert lookup_cuda.shares(1, 2, 512, 132) == 64
-    assert lookup_cuda.shares(16, 32, 128, 132) == 1
-    assert lookup_cuda.shares(0, 0, 3, 132) == 1
+    """Tables are split until each processor has two blocks; each warp keeps at least one table."""
+    assert cuda.shares(1, 8, 128, 132) == 16
+    assert cuda.shares(1, 2, 512, 132) == 64
+    assert cuda.shares(16, 32, 128, 132) == 1
+    assert cuda.shares(0, 0, 3, 132) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,15 +99,15 @@ def test_shares_of_the_tables():
     ],
 )
 def test_what_it_leaves_to_triton(z, tables, said):
-    """The reason says what does not fit; CPUs are not for it."""
-    assert said in lookup_cuda.unfit(z, tables)
-    assert "CUDA devices" in lookup_cuda.why_not(z, tables)
+    """The reason says what the kernel does not support; tensors on a CPU are refused too."""
+    assert said in cuda.unsupported_sizes(z, tables)
+    assert "CUDA devices" in cuda.unsupported(z, tables)
 
 
 def test_compiled_for_gpus_that_are_not_here(tmp_path):
-    """nvcc makes it for sm_80 and sm_90 without a spill, and its own command builds a library."""
+    """nvcc compiles the kernel for sm_80 and sm_90 without spills, and `build` gives a library."""
     if not shutil.which("nvcc"):
-        pytest.skip("no nvcc here")
+        pytest.skip("nvcc is not installed")
     for sm in (80, 90):
         command = ["nvcc", *native.CUDA_FLAGS[:5], "-gencode", f"arch=compute_{sm},code=sm_{sm}"]
         done = subprocess.run(
@@ -111,28 +120,28 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path):
         assert len(registers) == 8 and max(registers) <= 96
         spills = re.findall(r"(\d+) bytes spill", done.stderr)
         assert len(spills) == 16 and set(spills) == {"0"}
-    assert ctypes.CDLL(str(native.build("lookup_cuda"))).evomoe_cuda_ready
+    assert ctypes.CDLL(str(native.build(cuda.SOURCES, "lookup_cuda"))).evomoe_cuda_ready
 
 
 def test_without_nvcc(monkeypatch, tmp_path):
-    """The reason is given, and nothing fails."""
+    """Without nvcc a build raises with the reason, and `missing` returns the reason."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("NVCC", raising=False)
     with pytest.raises(RuntimeError, match="no nvcc on the PATH"):
-        native.build("lookup_cuda")
-    lookup_cuda._load.cache_clear()
-    assert "no nvcc" in lookup_cuda.missing()
-    lookup_cuda._load.cache_clear()
+        native.build(cuda.SOURCES, "lookup_cuda")
+    cuda._load.cache_clear()
+    assert "no nvcc" in cuda.unavailable()
+    cuda._load.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 @pytest.mark.parametrize("shape", [(1, 128, 8, 1024), (16, 64, 8, 512), (3, 40, 10, 100)], ids=str)
-def test_on_a_gpu(shape, monkeypatch):
-    """Real shapes equal the reference, as op and in a CUDA graph that sees new input."""
-    if lookup_cuda.missing():
-        pytest.skip(lookup_cuda.missing())
-    monkeypatch.setattr(backend, "forced", "native")
+def test_on_a_gpu(shape, force):
+    """Real shapes match the reference, as an op and in a CUDA graph replayed with new input."""
+    if cuda.unavailable():
+        pytest.skip(cuda.unavailable())
+    force(backend.use("native"))
     rows, count, bits, width = shape
     z, tables = (
         torch.randn(*s, device=DEVICE) for s in ((rows, count, bits), (count, 2**bits, width))

@@ -1,4 +1,4 @@
-"""kernels/pages.py: advice to the system, nothing else."""
+"""kernels/pages.py: advice to the system about memory pages, which changes no values."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from fairseq_evomoe.kernels.pages import large_pages
 @pytest.mark.parametrize("now", [False, True])
 @pytest.mark.parametrize("size", [0, 7, 2**20, 3 * 2**20 + 5])
 def test_values_stay(size, now):
-    """Tensors of any size keep their values and their place."""
+    """Tensors of any size keep their values and their address."""
     t = torch.randn(size)
     copy, place = t.clone(), t.data_ptr()
     assert large_pages(t, now=now) is t and t.data_ptr() == place
@@ -24,7 +24,7 @@ def test_values_stay(size, now):
 
 
 def huge(t):
-    """KiB of large pages under a tensor, from the kernel's own account."""
+    """KiB of large pages that hold a tensor, as Linux reports them."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
@@ -36,12 +36,12 @@ def huge(t):
     return 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux keeps the account")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports large pages")
 def test_written_memory_moves(monkeypatch):
-    """Where the system has large pages on offer, a tensor of 64 MiB lies in them."""
+    """If the system offers large pages, a tensor of 64 MiB lies in them."""
     offer = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not offer.exists() or "[never]" in offer.read_text():
-        pytest.skip("this system offers none")
+        pytest.skip("this system offers no large pages")
     t = large_pages(torch.zeros(2**24), now=True)
     t.add_(1)
     assert huge(t) > 2**13 or pages._madvise() is None
@@ -62,9 +62,10 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is part of glibc")
 def test_freed_memory_is_at_hand():
-    """The last 5 of 30 blocks of 64 MiB bring few page faults, unless the user chose otherwise."""
+    """The last 5 of 30 blocks of 64 MiB cause few page faults unless the user configured malloc."""
 
     def faults(what, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC", "GLIBC"))}

@@ -1,4 +1,4 @@
-"""What an MoE Transformer must not depend on: the future, neighbours, padding, order, step size."""
+"""What an MoE Transformer must not depend on: the future, neighbours, padding, order, caching."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CASES += [(g, "sparsify") for g in GATES if g not in ("dts", "expert_choice")]
 
 @pytest.fixture(params=CASES, ids="-".join)
 def setting(request, toy):
-    """(task, model, batch) in evaluation, the gate sharp enough to route tokens differently."""
+    """(task, model, batch) in evaluation, with a gate sharp enough to route tokens differently."""
     gate, stage = request.param
     _, task, model = build(
         toy,
@@ -25,7 +25,7 @@ def setting(request, toy):
         *("--stable-freeze-update", 50),
     )
     for _, layer in moe_layers(model):
-        layer.spawned = stage != "diversify"
+        layer.timeline.has_split = stage != "diversify"
         if gate == "stable" and stage == "hard":
             layer.gate.freeze()
     model.set_num_updates(STAGES[stage])
@@ -55,7 +55,7 @@ def test_a_position_never_depends_on_later_ones(setting):
 
 
 def test_a_sentence_does_not_depend_on_its_batch(setting):
-    """Alone, without the padding that its neighbours cause, it gets the same output."""
+    """A sentence alone, without the padding that its neighbours cause, gets the same output."""
     task, model, batch = setting
     together = logits(model, batch["net_input"])
     dataset = task.dataset("valid")
@@ -66,7 +66,7 @@ def test_a_sentence_does_not_depend_on_its_batch(setting):
 
 
 def test_more_padding_changes_nothing(setting):
-    """Ten columns of padding more on the source: the same output."""
+    """Ten more columns of padding on the source leave the output unchanged."""
     task, model, batch = setting
     net_input = dict(batch["net_input"])
     pad = task.source_dictionary.pad()
@@ -79,7 +79,7 @@ def test_more_padding_changes_nothing(setting):
 
 
 def test_order_of_sentences(setting):
-    """Rows permuted in, rows permuted out."""
+    """If the sentences of a batch are permuted, the outputs are permuted alike."""
     _, model, batch = setting
     order = torch.tensor([3, 0, 4, 1, 2])
     net_input = {k: v[order] for k, v in batch["net_input"].items()}
@@ -102,7 +102,7 @@ def test_incremental_decoding_equals_full_decoding(setting):
 
 
 def test_evaluation_is_deterministic(setting):
-    """Two passes agree to the bit: no noise outside training."""
+    """Two passes agree to the bit, because there is no noise outside training."""
     _, model, batch = setting
     assert torch.equal(logits(model, batch["net_input"]), logits(model, batch["net_input"]))
 
@@ -121,7 +121,7 @@ def masked(request, toy):
 
 
 def test_a_masked_sentence_does_not_depend_on_its_batch(masked):
-    """Alone, in company, under other padding, in another order: the same, expert choice too."""
+    """A sentence's output is the same alone, in a batch, with more padding and in another order."""
     model, tokens = masked
     with torch.no_grad():
         together = model(tokens)[0]
@@ -136,7 +136,7 @@ def test_a_masked_sentence_does_not_depend_on_its_batch(masked):
 
 @pytest.mark.parametrize("gate", ["dts", "base", "hash", "gshard", "token bias"])
 def test_a_language_model_is_causal_and_decodes_step_by_step(toy, gate):
-    """Later tokens change nothing before them; cached decoding gives the logits of the whole."""
+    """Later tokens change nothing before them; cached decoding gives the full pass's logits."""
     _, task, model = build(
         toy,
         *("--moe-freq", 1, "--evo-spawn-update", 0, "--moe-gate-init-std", 0.5),

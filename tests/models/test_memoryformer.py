@@ -1,4 +1,4 @@
-"""Look-up layers in the three model families, whole and in part."""
+"""Look-up layers in the three model families, in all layers and in some."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.memory_config import MemoryConfig
-from fairseq_evomoe.models import table_memory
-from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN
+from fairseq_evomoe.memory import sizes
+from fairseq_evomoe.memory.attention import MemoryAttention
+from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.layer import MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers
 
 MEMORY = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
@@ -23,7 +24,7 @@ def logits(model, net_input):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("out", ["none", "dense", "memory"])
 def test_trains_with_a_gradient_everywhere(toy, tmp_path, family, out):
-    """Stock task and criterion train it; every parameter has a gradient; the loss falls."""
+    """A model of look-ups trains: every parameter has a gradient, and the loss falls."""
     cfg, task, model = build(toy, *MEMORY, "--memory-out-proj", out, family=family)
     kinds = [type(m) for m in model.modules()]
     layers = 4 if family == "translation" else 2
@@ -41,7 +42,7 @@ def test_trains_with_a_gradient_everywhere(toy, tmp_path, family, out):
 
 
 def test_a_sentence_does_not_depend_on_its_batch(toy):
-    """Alone and in company, step by step and at once: the same logits."""
+    """A sentence's logits are the same alone and in a batch, step by step and in one pass."""
     _, task, model = build(toy, *MEMORY)
     model.eval()
     batch = valid_batch(task, rows=5)
@@ -64,7 +65,7 @@ def test_a_sentence_does_not_depend_on_its_batch(toy):
 
 
 def test_hybrids(toy):
-    """Memory in some layers, experts in others, dense in the rest."""
+    """A model can have memory in some layers, experts in others and dense FFNs in the rest."""
     flags = ("--memory-ffn", "--memory-layers", "0", "--moe-freq", 2, "--memory-bits", 4)
     _, _, model = build(toy, *flags)
     for stack in (model.encoder, model.decoder):
@@ -80,13 +81,13 @@ def test_hybrids(toy):
 
 
 def test_checkpoint_round_trip(toy, tmp_path):
-    """Flags and tables come back from the file; nothing but `tables` and `bias` is new."""
+    """Flags and tables are restored from a checkpoint, under the names of the parameters."""
     from fairseq import checkpoint_utils
 
     train(*train_args(toy, tmp_path, *MEMORY, "--memory-score", "abs_prob", "--max-update", 2))
     path = str(tmp_path / "checkpoint_last.pt")
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
-    assert model.encoder.layers[0].memory_ffn.first.score == "abs_prob"
+    (model,), _, _task = checkpoint_utils.load_model_ensemble_and_task([path])
+    assert model.encoder.layers[0].memory_ffn.first.rule.score == "abs_prob"
     names = [n for n, _ in model.named_parameters() if "memory_ffn" in n]
     assert "encoder.layers.0.memory_ffn.first.tables" in names
     state = torch.load(path, weights_only=False)["model"]
@@ -96,7 +97,7 @@ def test_checkpoint_round_trip(toy, tmp_path):
 
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
 def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
-    """--weight-decay shrinks dense weights, not tables; resume finds the same two groups."""
+    """--weight-decay acts on dense weights, not tables; a resumed run has the same two groups."""
     flags = (*MEMORY, "--weight-decay", 0.3, "--max-update", 4, *precision)
     train(*train_args(toy, tmp_path, *flags))
     state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
@@ -115,12 +116,12 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
     [
         ("--memory-out-proj", "memory"),
         ("--memory-layers", "1", "--memory-delta", 1),
-        ("--moe-freq", 2, "--expert-type", "memory", "--moe-shared-expert"),
+        ("--moe-freq", 2, "--moe-expert-type", "memory", "--moe-shared-expert"),
     ],
     ids=str,
 )
 def test_tables_are_stated_before_they_are_built(toy, caplog, family, flags):
-    """The number in the log is that of the parameters that are then built."""
+    """The number of table parameters in the log equals the number that is then built."""
     with caplog.at_level("INFO"):
         _, _, model = build(toy, *MEMORY, *flags, family=family)
     built = sum(p.numel() for n, p in model.named_parameters() if "tables" in n)
@@ -129,7 +130,7 @@ def test_tables_are_stated_before_they_are_built(toy, caplog, family, flags):
     side = "encoder" if family == "mlm" else "decoder"
     cfg = (model.encoder.sentence_encoder if family == "mlm" else model.decoder).cfg
     counted = sum(
-        table_memory.table_parameters(
+        sizes.table_parameters(
             cfg.memory, cfg.moe, side=s, layers=2, width=32,
             encoder=32 if (s, family) == ("decoder", "translation") else 0,
         )
@@ -141,24 +142,22 @@ def test_tables_are_stated_before_they_are_built(toy, caplog, family, flags):
 def test_published_table_sizes():
     """MemoryFormer-tiny and -base have 415 M and 6.64 G table parameters."""
     memory, moe = MemoryConfig(memory_ffn=True, memory_attention=True), MoEConfig()
-    sizes = {(6, 512): 415e6, (24, 1024): 6.64e9}
-    for (layers, width), want in sizes.items():
-        found = table_memory.table_parameters(
-            memory, moe, side="decoder", layers=layers, width=width
-        )
+    published = {(6, 512): 415e6, (24, 1024): 6.64e9}
+    for (layers, width), want in published.items():
+        found = sizes.table_parameters(memory, moe, side="decoder", layers=layers, width=width)
         assert found == pytest.approx(want, rel=2e-3)
 
 
 def test_tables_that_do_not_fit_are_refused(toy, monkeypatch, caplog):
-    """Before anything is allocated, with the flags that make them smaller."""
-    monkeypatch.setattr(table_memory, "free_memory", lambda: 10**5)
+    """Tables that do not fit are refused before allocation; the error names flags to lower."""
+    monkeypatch.setattr(sizes, "free_memory", lambda: 10**5)
     with pytest.raises(ValueError, match="lower --memory-bits or --memory-delta"):
         build(toy, *MEMORY)
-    monkeypatch.setattr(table_memory, "free_memory", lambda: 2 * 10**6)
+    monkeypatch.setattr(sizes, "free_memory", lambda: 2 * 10**6)
     with caplog.at_level("WARNING"):
         build(toy, *MEMORY)
     assert "to train these tables" in caplog.text
-    monkeypatch.setattr(table_memory, "free_memory", lambda: None)
+    monkeypatch.setattr(sizes, "free_memory", lambda: None)
     build(toy, *MEMORY)
 
 
@@ -175,7 +174,7 @@ SIZES = {
 
 @pytest.mark.parametrize("arch", SIZES)
 def test_sizes(toy, arch):
-    """Each architecture has the paper's or fairseq's size, norms first, look-ups everywhere."""
+    """Each architecture has the paper's or fairseq's size, pre-norm and look-ups in every layer."""
     side, layers, width = SIZES[arch]
     family = "lm" if "lm" in arch else "mlm" if "roberta" in arch else "translation"
     own = FAMILIES[family]
@@ -188,7 +187,7 @@ def test_sizes(toy, arch):
     assert [getattr(model, f"{side}_{x}") for x in ("layers", "embed_dim")] == [layers, width]
     assert getattr(model, f"{side}_normalize_before")
     memory, moe = MemoryConfig.from_args(model).check(), MoEConfig.from_args(model)
-    assert memory.memory_ffn and memory.memory_attention and memory.at(0)
+    assert memory.memory_ffn and memory.memory_attention and memory.covers(0)
     assert (memory.memory_bits, memory.memory_delta) == (8, 2)
     assert not moe.is_moe_layer(side, 1)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq_evomoe.kernels.routing_sums import entropy
+from fairseq_evomoe.kernels.gate.sums import entropy
 from fairseq_evomoe.modules.losses import balance_loss
 from fairseq_evomoe.modules.plan import RoutingPlan
 
@@ -13,8 +13,8 @@ T, E = 24, 4
 
 
 def means(logits, probs):
-    """What the layer makes its losses of."""
-    return RoutingPlan(probs, probs > 0, probs, logits).means
+    """The means from which the layer computes its losses."""
+    return RoutingPlan(weights=probs, active=probs > 0, probs=probs, logits=logits).means
 
 
 @pytest.mark.parametrize("k", [1, 2, E])
@@ -25,7 +25,7 @@ def test_balance_is_one_at_balance_whatever_is_active(k):
 
 
 def test_balance_against_loops_and_its_gradient():
-    """E * sum_e f_e P_e; the gradient flows through P alone and pushes busy experts down."""
+    """The loss is E * sum_e f_e P_e; its gradient, through P alone, pushes busy experts down."""
     logits = torch.randn(T, E, requires_grad=True)
     probs = logits.softmax(-1)
     load = torch.tensor([20.0, 2.0, 1.0, 1.0])
@@ -39,14 +39,14 @@ def test_balance_against_loops_and_its_gradient():
 
 
 def test_balance_is_largest_when_collapsed():
-    """All tokens surely on one expert: E."""
+    """If every token goes to one expert with probability 1, the loss is E."""
     probs = torch.zeros(T, E)
     probs[:, 2] = 1
     assert balance_loss(probs.mean(0), probs.sum(0)).item() == E
 
 
 def test_z_loss_and_entropy():
-    """mean logsumexp^2, and -sum p log p with 0 log 0 = 0."""
+    """The z-loss is mean logsumexp^2, and the entropy is -sum p log p with 0 log 0 = 0."""
     logits = torch.randn(T, E)
     want = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits.tolist()) / T
     assert means(logits, logits.softmax(-1)).z.item() == pytest.approx(want, rel=1e-5)
@@ -56,7 +56,7 @@ def test_z_loss_and_entropy():
 
 
 def test_empty_batches_cost_nothing():
-    """No token: 0, not NaN, and still part of the graph."""
+    """Without tokens every loss is 0, not NaN, and is still part of the graph."""
     logits = torch.zeros(0, E, requires_grad=True)
     of = means(logits, logits)
     losses = [balance_loss(of.probs, torch.zeros(E)), of.z, of.entropy]

@@ -2,25 +2,26 @@
 
 import pytest
 import torch
-from test_experts import D, E, H, bank
+from bank_kit import D, E, H, bank
 from torch import nn
 from torch.nn import functional as F
 
 from fairseq_evomoe.config import EvolutionConfig
+from fairseq_evomoe.kernels.experts.values import Routing
 from fairseq_evomoe.modules.experts import ExpertBank
-from fairseq_evomoe.modules.plan import RoutingPlan
-from fairseq_evomoe.modules.split import MODES, Split, SplitRule, diversity
+from fairseq_evomoe.modules.split import Split, SplitRule, diversity
+from fairseq_evomoe.options import Diversify
 
 NAMES = ("w1", "b1", "w2", "b2")
 
 
 def split(mode, *, seed=5, of=None, **rule):
-    return Split(SplitRule(mode, **{"ratio": 0.5, **rule}), of or bank(), seed=seed)
+    return Split(SplitRule(mode=mode, **{"ratio": 0.5, **rule}), of or bank(), seed=seed)
 
 
 def wide():
     """Two experts of 400 hidden units, for statistics."""
-    own = dict(activation=F.relu, dropout=0.0, generator=torch.Generator())
+    own = {"activation": F.relu, "dropout": 0.0, "generator": torch.Generator()}
     return ExpertBank(nn.Linear(50, 400), nn.Linear(400, 50), num_experts=2, **own)
 
 
@@ -30,7 +31,7 @@ def apply(decided, made):
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m.value for m in Diversify])
 def test_split(mode):
     """The base stays exact, copies follow the mode, and the same seed gives the same copies."""
     made, decided = bank(), split(mode)
@@ -55,7 +56,7 @@ def test_split(mode):
         assert not torch.equal(made.w2[1], made.w2[2])
 
 
-def test_mask_silences_units_and_keeps_them_trainable():
+def test_mask_zeroes_units_and_keeps_them_trainable():
     """A masked unit adds nothing to the output, yet its output column gets a gradient."""
     made, decided = bank(), split("mask")
     for name in NAMES:
@@ -66,7 +67,7 @@ def test_mask_silences_units_and_keeps_them_trainable():
     h = F.relu(x @ made.w1[0].t() + made.b1[0]) * ~off
     active = torch.zeros(50, E, dtype=torch.bool)
     active[:, 1] = True
-    y = made(x, RoutingPlan(active.float(), active, active.float(), active.float()))
+    y = made(x, Routing(active.float(), active))
     assert torch.allclose(y, h @ made.w2[0].t() + made.b2[0], atol=1e-6)
     y.square().sum().backward()
     assert (made.w2.grad[1][:, off].abs().sum(0) > 0).any()
@@ -82,7 +83,7 @@ def test_drop_redraws_from_the_base_statistics():
 
 
 def test_noise_has_the_asked_scale():
-    """W + s std(W) N(0, 1)."""
+    """A noisy copy is W + s std(W) N(0, 1) with the requested s."""
     decided = split("noise", noise=0.25, seed=1, of=wide())
     stacked = torch.randn(2, 400, 50) * 0.3
     decided.weights_("w1", stacked)
@@ -90,9 +91,9 @@ def test_noise_has_the_asked_scale():
     assert change.item() == pytest.approx(0.25, rel=0.02)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m.value for m in Diversify])
 def test_moments(mode):
-    """Optimizer moments are the base's, zero exactly where weights were replaced."""
+    """Copies get the base's optimizer moments, with zeros exactly where weights were replaced."""
     decided = split(mode)
     for name in NAMES:
         stacked = torch.rand_like(getattr(bank(), name)) + 1
@@ -107,7 +108,7 @@ def test_moments(mode):
 @pytest.mark.parametrize("weights", ["fc1", "fc2", "both"])
 @pytest.mark.parametrize("mode", ["mask", "drop"])
 def test_which_weights(mode, weights, grain):
-    """Only the named matrices change, by whole units or single entries, at the asked share."""
+    """Only the named matrices change, in whole units or single entries, at the requested ratio."""
     made = bank()
     base = {n: getattr(made, n)[0].clone() for n in NAMES}
     decided = split(mode, weights=weights, grain=grain)
@@ -124,17 +125,17 @@ def test_which_weights(mode, weights, grain):
 
 
 def test_diverse_base():
-    """--evo-base-expert diverse: expert 0 is a copy too, others as they would be anyway."""
+    """With `keep_base` off expert 0 changes too, and the others are as without it."""
     exact, diverse = apply(split("mask"), bank()), apply(split("mask", keep_base=False), bank())
     assert torch.equal(exact.w2[1:], diverse.w2[1:])
     assert torch.equal(exact.w2[0], bank().w2[0]) and not torch.equal(diverse.w2[0], exact.w2[0])
 
 
 def test_diversity():
-    """Drift and cosines against their formulas; copies of one expert measure 0 and 1."""
+    """Drift and cosines equal their formulas; for copies of one expert they are 0 and 1."""
     x = torch.randn(30, D)
     made = bank()
-    before = made.base(x)
+    before = made.run_base(x)
     same = diversity(apply(split("copy"), made), x, before)
     assert (same.drift, same.weights, same.outputs) == pytest.approx((0, 1, 1), abs=1e-5)
     made = apply(split("drop"), bank())
@@ -159,12 +160,9 @@ def test_diversity():
 @pytest.mark.parametrize(
     "change, flag",
     [
-        (dict(evo_diversify="magic"), "--evo-diversify 'magic'"),
-        (dict(evo_diversify_grain="row"), "--evo-diversify-grain"),
-        (dict(evo_diversify_weights="fc3"), "--evo-diversify-weights"),
-        (dict(evo_base_expert="lost"), "--evo-base-expert"),
-        (dict(evo_diversify_ratio=1.5), "--evo-diversify-ratio"),
-        (dict(evo_diversify_noise=float("nan")), "--evo-diversify-noise"),
+        ({"evo_diversify": "magic"}, "--evo-diversify 'magic'"),
+        ({"evo_diversify_ratio": 1.5}, "--evo-diversify-ratio"),
+        ({"evo_diversify_noise": float("nan")}, "--evo-diversify-noise"),
     ],
     ids=str,
 )

@@ -1,51 +1,60 @@
-"""parallel/mesh.py: every expert is held once a group, and the whole comes back from its parts."""
+"""parallel/mesh.py: each group holds every expert once, and the parts make up the whole."""
 
 import pytest
 import torch
 
-from fairseq_evomoe.parallel.mesh import Mesh, Share, group_size
+from fairseq_evomoe.parallel.mesh import Mesh, Shard, group_size
 
 
-def shares(size, experts, *, shared):
-    meshes = [Mesh(None, rank, size, None, size) for rank in range(size)]
-    return [Share(m, experts + shared, shared=shared) for m in meshes]
+def shards(size, experts, *, shared):
+    meshes = [
+        Mesh(group=None, rank=rank, size=size, replicas=None, world=size) for rank in range(size)
+    ]
+    return [Shard(m, experts + shared, shared=shared) for m in meshes]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("size", "experts"), [(1, 3), (2, 4), (4, 4), (4, 8)])
 def test_parts_make_the_whole(size, experts, shared):
-    """Every expert is in exactly one share (the shared one in all), and `whole` undoes `local`."""
-    all_shares = shares(size, experts, shared=shared)
-    held = sorted(e for s in all_shares for e in s.slots if not (shared and e == 0))
+    """Every expert is on exactly one worker (the shared one on all), and `whole` undoes `local`."""
+    all_shards = shards(size, experts, shared=shared)
+    held = sorted(e for s in all_shards for e in s.expert_ids if not (shared and e == 0))
     assert held == list(range(int(shared), experts + shared))
     stacked = torch.randn(experts + shared, 3, 2)
-    parts = [s.local(stacked, split=True) for s in all_shares]
-    assert torch.equal(all_shares[0].whole(parts), stacked)
+    parts = [s.local(stacked, has_split=True) for s in all_shards]
+    assert torch.equal(all_shards[0].whole(parts), stacked)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_before_the_split_all_hold_the_base(shared):
-    """The first slot of every worker is then expert 0, and is common to all."""
+    """Before the split, the first entry of every worker is expert 0 and is common to all."""
     stacked = torch.randn(5, 2)
-    for share in shares(4, 4, shared=shared) if shared else shares(5, 5, shared=False):
-        share.split = False
-        assert torch.equal(share.local(stacked, split=False)[0], stacked[0])
-        assert share.common
-        share.split = True
-        assert share.common == shared
+    for shard in shards(4, 4, shared=shared) if shared else shards(5, 5, shared=False):
+        shard.has_split = False
+        assert torch.equal(shard.local(stacked, has_split=False)[0], stacked[0])
+        assert shard.common
+        shard.has_split = True
+        assert shard.common == shared
 
 
 @pytest.mark.parametrize(
-    ("world", "experts", "asked", "size"),
-    [(4, 8, 0, 4), (8, 4, 0, 4), (6, 4, 0, 2), (3, 4, 0, 1), (4, 8, 2, 2), (4, 4, 1, 1)],
+    ("world", "experts", "requested", "size"),
+    [
+        (4, 8, None, 4),
+        (8, 4, None, 4),
+        (6, 4, None, 2),
+        (3, 4, None, 1),
+        (4, 8, 2, 2),
+        (4, 4, 1, 1),
+    ],
 )
-def test_group_size(world, experts, asked, size):
-    """By default as many workers as divide both share out the experts."""
-    assert group_size(world, experts, asked) == size
+def test_group_size(world, experts, requested, size):
+    """By default the group is the largest size that divides both the workers and the experts."""
+    assert group_size(world, experts, requested) == size
 
 
-@pytest.mark.parametrize("asked", [3, 8, -1])
-def test_wrong_group_sizes_are_refused(asked):
-    """A size that does not divide both: the error says which do."""
+@pytest.mark.parametrize("requested", [3, 8, 0, -1])
+def test_wrong_group_sizes_are_refused(requested):
+    """A size that does not divide both is refused, and the error lists the sizes that do."""
     with pytest.raises(ValueError, match=r"--expert-parallel-size .* choose one of 1, 2, 4"):
-        group_size(4, 8, asked)
+        group_size(4, 8, requested)

@@ -14,12 +14,12 @@ PAIRS = ("wmt14_en_de", "wmt14_en_fr", "wmt17_en_de", "iwslt14_de_en", "multi30k
 TEXTS = ("wikitext103", "openwebtext")
 RECIPES = [(r, "evomoe", ()) for r in PAIRS]
 RECIPES += [(r, t, ("--task", t)) for r in TEXTS for t in ("lm", "mlm")]
-"""(recipe, its YAML, what else the shell recipe is told)"""
+"""(recipe, its YAML, further flags of the shell recipe)."""
 PATHS = {"data", "user_dir", "save_dir", "no_progress_bar"}
 
 
 def from_shell(name, folder, *options_):
-    """The configuration that fairseq-train makes of the flags that the recipe prints."""
+    """The configuration that fairseq-train builds from the flags that the recipe prints."""
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -30,7 +30,7 @@ def from_shell(name, folder, *options_):
 
 
 def from_yaml(name, yaml):
-    """The configuration that fairseq-hydra-train makes of the recipe's YAML."""
+    """The configuration that fairseq-hydra-train builds from the recipe's YAML."""
     from fairseq.dataclass.initialize import add_defaults, hydra_init
 
     hydra_init()
@@ -46,7 +46,7 @@ def from_yaml(name, yaml):
 
 @pytest.mark.parametrize(("name", "file", "told"), RECIPES, ids=[f"{r}-{y}" for r, y, _ in RECIPES])
 def test_both_build_the_same_configuration(name, file, told, tmp_path):
-    """Every field of every group, and the model that both name with its own flags."""
+    """Every field of every group is equal, and so are the model's name and its own flags."""
     shell, yaml = from_shell(name, tmp_path, *told), from_yaml(name, file)
     groups = ("task", "criterion", "optimizer", "lr_scheduler", "optimization", "dataset")
     for group in (*groups, "checkpoint", "common", "distributed_training"):
@@ -75,7 +75,7 @@ def test_both_build_the_same_configuration(name, file, told, tmp_path):
     ],
 )
 def test_the_files_train(where, sides, toy, tmp_path):
-    """fairseq-hydra-train with each kind of file, as hydra_config.py says, at small sizes."""
+    """fairseq-hydra-train trains each kind of file at small sizes, as hydra_config.py says."""
     name, file = where.split("/")
     sizes = {"embed_dim": 32, "ffn_embed_dim": 64, "layers": 2, "attention_heads": 2}
     data = toy / ("bin" if file == "evomoe" else "mono")
@@ -96,8 +96,8 @@ def test_the_files_train(where, sides, toy, tmp_path):
 
 
 def test_a_flag_goes_where_it_belongs():
-    """Groups are found by fairseq's own dataclasses; lr becomes a list, betas stay text."""
-    sys.path.insert(0, str(ROOT / "recipes"))
+    """Each flag goes to the group whose dataclass has it; lr becomes a list, betas stay text."""
+    sys.path.insert(0, str(ROOT / "recipes/steps"))
     import hydra_config
 
     words = "--task translation_evomoe --arch transformer_evomoe --optimizer adam --lr 5e-4"

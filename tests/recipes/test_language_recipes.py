@@ -10,13 +10,13 @@ from recipe_kit import recipe
 
 from recipes.quickstart import grammar
 
-sys.path.insert(0, str(ROOT / "recipes"))
-import classes  # noqa: E402
+sys.path.insert(0, str(ROOT / "recipes/steps"))
+import classes
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """split -> paragraphs, some empty, as in running text."""
+    """split -> text with an empty line after every fifth sentence, as in running text."""
     made = grammar.corpus(train=600, valid=40, test=41, seed=5)
     return {
         split: "".join(p.en + ("\n\n" if i % 5 == 4 else "\n") for i, p in enumerate(made[split]))
@@ -29,7 +29,7 @@ def scores(folder):
 
 
 def test_causal_model_from_the_archive(texts, tmp_path):
-    """The zip as it is published, in a local folder: pieces, training, perplexity a word."""
+    """From a local copy of the published zip, the recipe trains and reports perplexity per word."""
     (tmp_path / "mirror").mkdir()
     with zipfile.ZipFile(tmp_path / "mirror/wikitext-103-raw-v1.zip", "w") as z:
         for split, text in texts.items():
@@ -37,7 +37,7 @@ def test_causal_model_from_the_archive(texts, tmp_path):
     flags = ("--task", "lm", "--size", "tiny", "--vocab", 400, "--updates", 12)
     out = recipe("wikitext103", *flags, "--data", tmp_path / "mirror", "--out", tmp_path / "w")
     (score,) = scores(tmp_path / "w")
-    # words and the end of every line, empty ones too
+    # the words count, and so does the end of every line, also of an empty one
     assert score["words"] == len(texts["test"].split()) + texts["test"].count("\n")
     bits = score["bits"] * score["tokens"] / score["words"]
     assert score["word_perplexity"] == pytest.approx(2**bits, rel=1e-3)
@@ -47,7 +47,7 @@ def test_causal_model_from_the_archive(texts, tmp_path):
 
 
 def test_masked_model_and_classes(texts, tmp_path):
-    """Plain text, a MemoryFormer, then a two-sentence classification set with GLUE's columns."""
+    """A MemoryFormer trains on plain text and is fine-tuned on sentence pairs in GLUE's columns."""
     data, glue = tmp_path / "data", tmp_path / "RTE"
     data.mkdir(), glue.mkdir()
     for split, text in texts.items():
@@ -69,13 +69,13 @@ def test_masked_model_and_classes(texts, tmp_path):
 
 
 def test_documents_become_text(texts, tmp_path):
-    """A folder that `datasets` loads: which document goes where, then the recipe, to the end."""
+    """Documents that `datasets` loads are split into three sets, on which the recipe trains."""
     folder = tmp_path / "documents"
     folder.mkdir()
     found = [x for x in texts["train"].split("\n\n") if x]
     rows = [json.dumps({"text": x.replace("\n", "\n\n \n")}) for x in found]
     (folder / "part.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    command = [sys.executable, ROOT / "recipes/documents.py", "--dataset", folder]
+    command = [sys.executable, ROOT / "recipes/steps/documents.py", "--dataset", folder]
     home = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     run(*command, "--out", tmp_path / "out", "--every", 10, env=home)
     read = lambda split: (tmp_path / f"out/{split}.txt").read_text(encoding="utf-8")
@@ -103,6 +103,6 @@ def test_columns_that_are_not_there(tmp_path):
     [(("--task", "mt"), "choose lm or mlm"), (("--classes", "."), "fine-tunes --task mlm")],
 )
 def test_wrong_options_stop_at_once(flags, said):
-    """Before any set-up."""
+    """A wrong option stops the recipe before any set-up."""
     out = run("bash", ROOT / "recipes/wikitext103/run.sh", *flags, ok=False, cwd=ROOT)
     assert said in out

@@ -1,4 +1,4 @@
-"""recipes: the grammar's promises, text preparation, scoring, and the quickstart end to end."""
+"""recipes: properties of the grammar, text preparation, scoring, and whole recipes end to end."""
 
 import gzip
 import hashlib
@@ -16,10 +16,10 @@ from recipe_kit import recipe
 
 from recipes.quickstart import grammar
 
-sys.path.insert(0, str(ROOT / "recipes"))
-import clean  # noqa: E402
-import download  # noqa: E402
-import score  # noqa: E402
+sys.path.insert(0, str(ROOT / "recipes/steps"))
+import clean
+import download
+import score
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def corpus():
 
 
 def test_corpus_splits_share_no_sentence(corpus):
-    """Thousands of distinct sentences; valid and both tests never occur in train."""
+    """All sentences are distinct, so that those of valid and both tests never occur in train."""
     seen = [p.en for pairs in corpus.values() for p in pairs]
     assert len(seen) == len(set(seen)) == 3500
     assert {k: len(v) for k, v in corpus.items()} == {
@@ -45,7 +45,7 @@ def test_held_out_combinations_occur_in_test_comp_alone(corpus):
 
 
 def test_corpus_is_reproducible():
-    """Same seed, same text; another seed, another."""
+    """The same seed gives the same text, and another seed gives another text."""
     make = lambda seed: [
         p.en for p in grammar.corpus(train=50, valid=5, test=5, seed=seed)["train"]
     ]
@@ -80,7 +80,7 @@ def test_numbers(n, words):
 
 
 def test_german_word_order():
-    """Verb second, verb final and the separable prefix, in sentences made to order."""
+    """A fixed clause has its verb second or final and its separable prefix in the right place."""
     speaker = grammar.Speaker(__import__("random").Random(1))
     verb = next(v for v in grammar.VERBS if v.en == "invite")
     guest = grammar.Phrase("a guest", "einen Gast", False, grammar.NOUNS[0])
@@ -96,7 +96,7 @@ def test_german_word_order():
 
 
 def test_cleaning_counts_what_it_drops():
-    """Empty, repeated, untranslated and test pairs go; the rest stays in order."""
+    """Empty, repeated, untranslated and test pairs are dropped; the rest stays in order."""
     pairs = [
         *(("a b", "c d"), ("", "x"), ("a b", "c d"), ("in test", "im test")),
         *(("one two three four", "one two three four"), ("Tom", "Tom")),
@@ -108,7 +108,7 @@ def test_cleaning_counts_what_it_drops():
 
 
 def test_unequal_files_are_refused(tmp_path):
-    """Two sides of different length would shift every pair: an error with both counts."""
+    """Two sides of different length would shift every pair; the error names both counts."""
     (tmp_path / "t.en").write_text("a\nb\n")
     (tmp_path / "t.de").write_text("a\n")
     with pytest.raises(SystemExit, match="2 en lines but 1 de lines"):
@@ -118,12 +118,12 @@ def test_unequal_files_are_refused(tmp_path):
 
 
 def test_normalise():
-    """Ligatures and wide spaces become plain, control and invisible characters go."""
+    """Ligatures and wide spaces become plain; control and invisible characters are removed."""
     assert clean.normalise("ﬁne\u00a0 \x07day\u200b\t!") == "fine day !"
 
 
 def test_the_language_filter_knows_the_other_side():
-    """A German sentence on the English side goes; a few words are given the benefit of doubt."""
+    """A pair with a German sentence on the English side is dropped; a pair of few words is kept."""
     right = clean.languages_of("en", "de")
     english, german = "we are very glad to be here today", "wir freuen uns sehr heute hier zu sein"
     assert right((english, german)) and right(("OK", "OK"))
@@ -131,7 +131,7 @@ def test_the_language_filter_knows_the_other_side():
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
-    """Serves one file, by ranges; breaks the first answer off in the middle."""
+    """Serves one file by ranges, and breaks off its first answer in the middle."""
 
     content, broken = b"", []
 
@@ -151,13 +151,13 @@ class _Server(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
-    """The second try asks for the rest alone; the file gets its name when it is whole."""
+    """The second try requests the rest only, and the file gets its name once it is complete."""
     _Server.content, _Server.broken = bytes(range(256)) * 5000, []
     server = http.server.HTTPServer(("localhost", 0), _Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://localhost:{server.server_port}/x"
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError):  # noqa: PT011 (the text is the operating system's)
             download.fetch(url, tmp_path / "x", tries=1)
         assert not (tmp_path / "x").exists()
         assert (tmp_path / "x.partial").stat().st_size == len(_Server.content) // 2
@@ -168,7 +168,7 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path):
 
 
 def archive(path, members):
-    """A .tgz or .tar with the members {name: text}."""
+    """Write a .tgz or .tar with the members {name: text}."""
     with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
         for name, text in members.items():
             data = text.encode()
@@ -183,7 +183,7 @@ def text_of(pairs, side):
 
 
 def wmt_mirror(folder, pairs, src, tgt, files):
-    """Archives of a WMT year with a share of the pairs each, test sets as plain files."""
+    """Write the archives of a WMT year, each with a part of the training pairs, into `folder`."""
     folder.mkdir()
     shares = [pairs["train"][i :: len(files)] for i in range(len(files))]
     for (name, members), share in zip(files.items(), shares, strict=True):
@@ -220,7 +220,7 @@ TESTS = {
 
 @pytest.mark.parametrize("name", WMT)
 def test_wmt_from_archives(tmp_path, name):
-    """Archives in the corpora's own formats -> text, cleaned, in pieces: nothing lost or mixed."""
+    """Archives in the corpora's own formats become clean text in pieces without losing a pair."""
     src, tgt = name.split("_")[1:]
     pairs = grammar.corpus(train=400, valid=30, test=31, seed=8)
     files = {f: {lang: m.format(lang) for lang in (src, tgt)} for f, m in WMT[name].items()}
@@ -239,7 +239,7 @@ def test_wmt_from_archives(tmp_path, name):
     sha, file = sums[0].split()
     assert sha == hashlib.sha256((mirror / file).read_bytes()).hexdigest()
 
-    # a damaged archive is noticed, and a number of lines that is not the published one
+    # a wrong number of lines is noticed, and so is a damaged archive
     (tmp_path / "w/text").rename(tmp_path / "w/gone")
     wrong = recipe(name, "--data", mirror, "--steps", "extract", "--out", tmp_path / "w", ok=False)
     assert "lines instead of" in wrong
@@ -249,7 +249,7 @@ def test_wmt_from_archives(tmp_path, name):
 
 
 def test_iwslt_from_its_archive(tmp_path):
-    """Tagged talks and XML test sets, the whole recipe; every 23rd pair is for validation."""
+    """The recipe runs on tagged talks and XML test sets, and every 23rd pair is for validation."""
     pairs = grammar.corpus(train=300, valid=20, test=25, seed=8)
     members = {}
     for side, lang in ((1, "de"), (0, "en")):
@@ -281,7 +281,8 @@ def test_iwslt_from_its_archive(tmp_path):
 
 
 def test_print_gives_the_command_that_trains(tmp_path):
-    """For torchrun and Slurm: the flags in one line, the same for each family but its own."""
+    """--print gives one line of flags for torchrun and Slurm; models differ in their own flags
+    only."""
     lines = {
         model: recipe("wmt14_en_de", "--model", model, "--print", "--out", tmp_path / "w")
         for model in ("dense", "evomoe")
@@ -292,10 +293,10 @@ def test_print_gives_the_command_that_trains(tmp_path):
 
 
 def test_score_refuses_lost_sentences(tmp_path):
-    """A hypothesis file with a line too few gives no score."""
+    """A hypothesis file with one line too few is refused and gets no score."""
     for name, lines in (("s", 3), ("r", 3), ("h", 2)):
         (tmp_path / name).write_text("word\n" * lines)
-    command = [sys.executable, ROOT / "recipes/score.py", "--source", tmp_path / "s"]
+    command = [sys.executable, ROOT / "recipes/steps/score.py", "--source", tmp_path / "s"]
     command += ["--reference", tmp_path / "r", "--hypothesis", tmp_path / "h"]
     assert "sentences were lost" in run(*command, ok=False)
     (tmp_path / "h").write_text("word\n" * 3)
@@ -313,7 +314,7 @@ def test_frequency_baseline():
 
 
 def test_quickstart(tmp_path):
-    """The whole path at a small size: corpus, model through three stages, BLEU, picture."""
+    """The quickstart runs to its end at a small size: corpus, training, BLEU and picture."""
     out = recipe("quickstart", "--updates", 24, "--out", tmp_path / "q", cwd=tmp_path)
     scores = [json.loads(x) for x in (tmp_path / "q/scores.jsonl").read_text().splitlines()]
     assert [s["name"] for s in scores] == ["test", "test_comp"]
@@ -323,7 +324,7 @@ def test_quickstart(tmp_path):
 
 
 def test_quickstart_on_own_files(tmp_path):
-    """--data with other language names and one's own plain text."""
+    """--data accepts the user's own plain text under other language names."""
     data = tmp_path / "data"
     data.mkdir()
     for split, pairs in grammar.corpus(train=300, valid=20, test=21, seed=8).items():
@@ -338,9 +339,8 @@ def test_quickstart_on_own_files(tmp_path):
     assert result["lines"] == 21
 
 
-@pytest.mark.parametrize("model", ["dense", "evomoe"])
-def test_multi30k_on_local_files(tmp_path, model):
-    """Both models from one script, on local files in the place of the download."""
+def test_multi30k_on_local_files(tmp_path):
+    """The recipe trains and scores both test sets, on local files in place of the download."""
     data = tmp_path / "data"
     data.mkdir()
     splits = grammar.corpus(train=300, valid=20, test=21, seed=8)
@@ -350,12 +350,12 @@ def test_multi30k_on_local_files(tmp_path, model):
             text = "".join(p[side] + "\n" for p in splits[split])
             (data / f"{name}.{lang}").write_text(text, encoding="utf-8")
     out = recipe(
-        *("multi30k", "--data", data, "--model", model, "--updates", 20, "--out", tmp_path / "m"),
-        *("--", "--max-tokens", 600, "--log-interval", 5),
+        *("multi30k", "--data", data, "--model", "evomoe"),
+        *("--updates", 20, "--out", tmp_path / "m", "--", "--max-tokens", 600),
     )
     assert out.count("nrefs:1|case:mixed") == 2
     names = [json.loads(x)["name"] for x in (tmp_path / "m/scores.jsonl").read_text().splitlines()]
-    assert names == [f"{model}-small-20-seed1 {t}" for t in ("test2016", "test2017")]
+    assert names == [f"evomoe-small-20-seed1 {t}" for t in ("test2016", "test2017")]
 
 
 def test_recipes_refuse_unknown_options():

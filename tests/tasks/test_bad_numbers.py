@@ -1,4 +1,4 @@
-"""NaN and infinity in inputs, gates and gradients: skipped or stopped, nothing poisoned."""
+"""NaN and infinity in inputs, gates and gradients skip the batch or end the run; weights stay."""
 
 import math
 
@@ -17,12 +17,12 @@ LAYOUTS = {
     "memory-efficient-fp16": ("--fp16", "--memory-efficient-fp16", "--fp16-init-scale", 4),
 }
 SKIPS = ("fp16", "memory-efficient-fp16")
-"""Layouts with a loss scale: fairseq skips the batch. Without one it ends the run."""
+"""Layouts with a loss scale, in which fairseq skips a bad batch. In the others it ends the run."""
 
 
 def started(toy, *flags, monkeypatch, save_dir=None):
     """(trainer, batches) of a toy run."""
-    # fairseq puts the norm of a skipped batch on CUDA, wherever the run is
+    # fairseq puts the norm of a skipped batch on CUDA, even if the run is on a CPU
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *a, **k: self)
     cfg, task, model = build(toy, "--dropout", 0, "--clip-norm", 0.1, *flags)
     cfg.checkpoint.save_dir = str(save_dir)
@@ -38,7 +38,7 @@ def weights(trainer):
 
 
 def poison(layer, where, value):
-    """Let `value` appear once, in what the layer reads, in its gate's logits, or in a gradient."""
+    """Replace the layer's input, its gate's input or a gradient by `value`; return the hook."""
     if where == "input":
         hook = lambda module, args: (torch.full_like(args[0], value), *args[1:])
         return layer.register_forward_pre_hook(hook)
@@ -52,8 +52,11 @@ def poison(layer, where, value):
 @pytest.mark.parametrize("where", ["input", "gate", "gradient"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, monkeypatch, caplog):
-    """The batch changes no weight and counts for no update. Under a loss scale the next one trains
-    as ever; otherwise fairseq ends the run, and names the module."""
+    """A bad batch changes no weight and counts for no update.
+
+    With a loss scale the next batch trains as usual; otherwise fairseq ends the run and names the
+    module.
+    """
     flags = ("--evo-spawn-update", 0, "--dts-anneal-updates", 4, *LAYOUTS[layout])
     trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
     trainer.train_step([next(batches)])
@@ -82,7 +85,7 @@ def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, monkeyp
 
 @pytest.mark.parametrize("layout", SKIPS)
 def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
-    """The update of the split overflows: the experts split once, and the run goes on from there."""
+    """If the update of the split overflows, the experts split once and the run continues."""
     flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4, *LAYOUTS[layout])
     trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
     for _ in range(2):
@@ -92,7 +95,7 @@ def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
     hook = poison(layer, "gradient", math.inf)
     assert trainer.train_step([next(batches)]) is None
     hook.remove()
-    assert layer.spawned and trainer.get_num_updates() == 2
+    assert layer.timeline.has_split and trainer.get_num_updates() == 2
     split = layer.experts.w2.detach().clone()
     assert torch.equal(split[0], base) and not torch.equal(split[1], base)
     trainer.train_step([next(batches)])
@@ -102,7 +105,7 @@ def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
 
 
 def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
-    """--moe-balance-bias counts the load of updates that were made, and of no other."""
+    """--moe-balance-bias counts the load of completed updates, not of skipped ones."""
     flags = ("--moe-gate", "topk", "--moe-balance-bias", 0.1, *FP16)
     trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
     (_, layer), *_ = moe_layers(trainer.get_model())
@@ -111,9 +114,11 @@ def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
     trainer.train_step([skipped])
     hook.remove()
     seen = []
-    original = layer.gate.move_bias
+    original = layer.gate.after_update
     monkeypatch.setattr(
-        layer.gate, "move_bias", lambda r: (seen.append(int(layer.gate.seen.sum())), original(r))
+        layer.gate,
+        "after_update",
+        lambda phase, load: (seen.append(int(load().sum())), original(phase, load))[1],
     )
     made = next(batches)
     trainer.train_step([made])
@@ -122,7 +127,7 @@ def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
 
 
 def test_an_average_starts_with_its_expert(toy, tmp_path, monkeypatch):
-    """--store-ema: at the split the copies' averages are the copies, not what was never used."""
+    """With --store-ema the copies' averages start at the split, from the copies themselves."""
     flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4)
     ema = ("--store-ema", "--ema-decay", 0.9, "--ema-fp32")
     trainer, batches = started(toy, *flags, *ema, monkeypatch=monkeypatch, save_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""tasks/evolution.py: the split in every optimizer layout, and curves that nothing interrupts."""
+"""tasks/evolution.py: the split in every optimizer layout, and runs that resume exactly."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from fairseq.trainer import Trainer
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.split import SplitRule
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
+from fairseq_evomoe.tasks.splitting import split_when_due
 
 NAMES = ("w1", "b1", "w2", "b2")
 
@@ -48,7 +49,7 @@ def step(optimizer, model):
 @pytest.mark.parametrize("kind", ["fp32", "fp16-flat", "bf16", "memory-efficient-bf16"])
 @pytest.mark.parametrize("mode", ["drop", "mask", "noise", "copy"])
 def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
-    """After the split all three agree: masters are the weights, moments are the base's or 0."""
+    """After the split, masters equal the weights, and moments are the base's or 0."""
     cfg, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify", mode)
     optimizer = optimizer_for(kind, cfg, model, monkeypatch)
     step(optimizer, model)
@@ -60,12 +61,12 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
     }
     others = {n: p.detach().clone() for n, p in model.named_parameters() if "experts" not in n}
 
-    task.evolve(model, optimizer, 4)
-    assert not layer.spawned, "too early"
-    task.evolve(model, optimizer, 5)
-    assert layer.spawned
+    split_when_due(model, optimizer, task.flags, 4)
+    assert not layer.timeline.has_split, "it is too early to split"
+    split_when_due(model, optimizer, task.flags, 5)
+    assert layer.timeline.has_split
 
-    decided = layer.split(SplitRule(mode), seed=7)
+    decided = layer.split(SplitRule(mode=mode), seed=7)
     for name, parameter in layer.experts.named_parameters():
         master = views.master(parameter)
         assert master.shape == parameter.shape
@@ -82,7 +83,7 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
         assert n not in others or torch.equal(p, others[n]), f"{n} must not change"
 
     again = {n: p.detach().clone() for n, p in layer.experts.named_parameters()}
-    task.evolve(model, optimizer, 6)
+    split_when_due(model, optimizer, task.flags, 6)
     assert all(torch.equal(p, again[n]) for n, p in layer.experts.named_parameters()), "only once"
 
     step(optimizer, model)
@@ -90,8 +91,24 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
         assert torch.equal(views.master(parameter).to(parameter.dtype), parameter)
 
 
+def test_split_of_factored_moments(toy):
+    """Adafactor's factored second moments are split by expert, like Adam's."""
+    cfg, task, model = build(
+        toy, "--evo-spawn-update", 5, "--evo-diversify", "copy", "--optimizer", "adafactor"
+    )
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.build_optimizer(cfg.optimizer, params)
+    step(optimizer, model)
+    split_when_due(model, optimizer, task.flags, 5)
+    (_, layer), *_ = moe_layers(model)
+    state = optimizer.optimizer.state[layer.experts.w1]
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        assert state[name].size(0) == 4 and state[name][0].abs().sum() > 0
+        assert torch.equal(state[name], state[name][:1].expand_as(state[name])), name
+
+
 def test_copy_split_leaves_the_output_unchanged(toy):
-    """With identical copies and weights that sum to 1, the model computes what it computed."""
+    """With identical copies and weights that sum to 1, the output is that of before the split."""
     _, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify", "copy")
     batch = valid_batch(task)
     model.eval()
@@ -99,9 +116,9 @@ def test_copy_split_leaves_the_output_unchanged(toy):
     optimizer = optim.build_optimizer(
         build(toy)[0].optimizer, [p for p in model.parameters() if p.requires_grad]
     )
-    task.evolve(model, optimizer, 5)
+    split_when_due(model, optimizer, task.flags, 5)
     model.set_num_updates(5)
-    stages = {layer.clock.stage for _, layer in moe_layers(model)}
+    stages = {layer.phase.stage for _, layer in moe_layers(model)}
     assert stages == {1}
     real = batch["target"].ne(task.target_dictionary.pad())
     after = model(**batch["net_input"])[0]
@@ -123,7 +140,7 @@ def test_diversify_equals_the_dense_model(toy, tmp_path):
 
 
 def test_diversify_loss_equals_the_dense_loss_to_the_bit(toy):
-    """Same seed, same batch: the loss tensors are equal, not merely close."""
+    """With the same seed and batch, the loss tensors are equal and not merely close."""
     losses = []
     for extra in (("--evo-spawn-update", 20), ("--evo-spawn-update", 20, "--moe-freq", 0)):
         cfg, task, model = build(toy, "--dropout", 0.2, *extra)
@@ -150,7 +167,7 @@ def whole(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [4, 6, 10, 17], ids=["diversify", "split", "sparsify", "hard"])
 def test_resume_gives_the_same_curve(toy, tmp_path, whole, stop):
-    """Killed at an update and resumed, in each stage: every later line is as if uninterrupted."""
+    """A run that is resumed in any of the stages logs the same lines as an uninterrupted one."""
     folder, rows = whole
     (saved,) = folder.glob(f"checkpoint_*_{stop}.pt")
     resumed = train(*train_args(toy, tmp_path, *CURVE, "--restore-file", saved))
@@ -172,7 +189,7 @@ MEMORIES = {
 
 @pytest.mark.parametrize("gate", MEMORIES)
 def test_resume_of_every_kind_of_gate(toy, tmp_path, gate):
-    """What a gate remembers or draws is in the checkpoint or the seed: the same curve again."""
+    """A resumed run has the same curve: a gate's state is saved, and its draws follow the seed."""
     flags = (*MEMORIES[gate], "--max-update", 12, "--dropout", 0.1)
     rows = train(*train_args(toy, tmp_path / "a", *flags, "--save-interval-updates", 7))
     (saved,) = (tmp_path / "a").glob("checkpoint_*_7.pt")
@@ -186,13 +203,13 @@ def test_resume_of_every_kind_of_gate(toy, tmp_path, gate):
 @pytest.mark.parametrize("mode", ["mask", "drop", "noise"])
 def test_every_worker_splits_alike(toy, mode):
     """The split depends on seed, layer and expert alone, not on the state of a random stream."""
-    flags = ("--evo-spawn-update", 5, "--evo-diversify", mode, "--evo-diversify-grain", "weight")
+    flags = ("--evo-spawn-update", 5, "--evo-diversify", mode)
     banks = []
     for noise in (3, 4):
         cfg, task, model = build(toy, *flags)
         optimizer = optimizer_for("fp32", cfg, model, None)
         torch.manual_seed(noise), torch.rand(noise)
-        task.evolve(model, optimizer, 5, valid_batch(task))
+        split_when_due(model, optimizer, task.flags, 5, valid_batch(task))
         banks.append([dict(layer.experts.named_parameters()) for _, layer in moe_layers(model)])
     for one, two in zip(*banks, strict=True):
         assert all(torch.equal(one[n], two[n]) for n in NAMES)
@@ -202,13 +219,13 @@ def test_every_worker_splits_alike(toy, mode):
 
 
 def test_the_split_is_measured_and_logged(toy, caplog):
-    """Drift and cosines of each layer on the batch at hand; the random stream stays untouched."""
+    """The split logs each layer's drift and cosines, and leaves the random stream untouched."""
     cfg, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify-ratio", 0.5)
     optimizer = optimizer_for("fp32", cfg, model, None)
     model.train()
     before = torch.random.get_rng_state()
     with caplog.at_level("INFO"):
-        task.evolve(model, optimizer, 5, valid_batch(task))
+        split_when_due(model, optimizer, task.flags, 5, valid_batch(task))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training and all(m.training for m in model.modules())
     lines = [r.getMessage() for r in caplog.records if "output drift" in r.getMessage()]
@@ -227,7 +244,7 @@ def test_stages_pass_in_one_run(toy, tmp_path):
 
 
 def test_validation_belongs_to_the_finished_update(toy):
-    """After the optimizer's step the layers stand at n + 1, as they will in the checkpoint."""
+    """After update n the layers' counter is n, as it will be in validation and the checkpoint."""
     cfg, task, model = build(toy, *STAGES)
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
     task.load_dataset("train")
@@ -235,4 +252,4 @@ def test_validation_belongs_to_the_finished_update(toy):
     trainer.begin_epoch(1)
     for n in range(1, 9):
         trainer.train_step([next(iterator)])
-        assert {layer.num_updates for _, layer in moe_layers(model)} == {n}
+        assert {layer.timeline.num_updates for _, layer in moe_layers(model)} == {n}

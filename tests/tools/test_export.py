@@ -1,4 +1,4 @@
-"""tools/export.py: safetensors and JSON, and back, bit for bit."""
+"""tools/export.py: export to safetensors and JSON, and back, exact to the bit."""
 
 import json
 from argparse import Namespace
@@ -22,7 +22,7 @@ def checkpoint(request, toy, tmp_path_factory):
 
 
 def test_there_and_back(checkpoint, tmp_path):
-    """Weights, evolution state, tied tensors and flags return exactly; no pickle in between."""
+    """Weights, evolution state, tied tensors and flags are restored exactly, without a pickle."""
     _, path = checkpoint
     export.main([str(path), "--output", str(tmp_path / "out")])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -43,7 +43,7 @@ def test_there_and_back(checkpoint, tmp_path):
 
 
 def test_the_restored_checkpoint_works(checkpoint, toy, tmp_path):
-    """fairseq's own commands read it: generate, eval-lm, validate."""
+    """fairseq's own commands (generate, eval-lm, validate) load the restored checkpoint."""
     family, path = checkpoint
     export.main([str(path), "--output", str(tmp_path / "out")])
     export.main([str(tmp_path / "out"), "--output", str(tmp_path / "back.pt")])
@@ -85,7 +85,7 @@ def test_what_json_cannot_hold_is_refused():
 
 
 def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, capsys):
-    """Each fault in one line; an existing folder is left alone."""
+    """Each fault is reported in one line, and an existing folder is left alone."""
     _, path = checkpoint
     folder = tmp_path / "out"
     export.main([str(path), "--output", str(folder)])
@@ -119,10 +119,10 @@ def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, caps
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_smaller_tables(toy, tmp_path, dtype, capsys):
-    """--tables: a smaller checkpoint that fairseq-generate reads, with nearly the same outputs.
+    """--tables writes a smaller checkpoint that fairseq-generate reads, with nearly equal outputs.
 
-    Nearly, in one look-up; a small change ahead of a hash may flip a bit and fetch another row, so
-    that of the whole model only the loss is compared.
+    Outputs are compared for one look-up only. A small change before a hash may flip a bit and so
+    fetch another row, so that for the whole model only the loss is compared.
     """
     memory = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
     train(*train_args(toy, tmp_path, *memory, "--max-update", 3))

@@ -1,15 +1,16 @@
-"""tools/memorise.py: a dense run goes on as look-ups, in each family."""
+"""tools/memorise.py: a dense run continues as a model of look-ups, in each family."""
 
 import pytest
 import torch
 from conftest import FAMILIES, train, train_args, valid_batch
+from dense_kit import DENSE, TASKS
 from fairseq import checkpoint_utils
-from test_upcycle import DENSE, TASKS
 
-from fairseq_evomoe.modules.memory_layer import MemoryAttention, MemoryFFN
+from fairseq_evomoe.memory.attention import MemoryAttention
+from fairseq_evomoe.memory.layer import MemoryFFN
 from fairseq_evomoe.tools import memorise
 from fairseq_evomoe.tools.checkpoint import build
-from fairseq_evomoe.tools.twins import units
+from fairseq_evomoe.tools.dense_counterparts import units
 
 FLAGS = ("--memory-bits", 4, "--tokens", 3000, "--max-tokens", 1000, "--memory-score", "l1")
 
@@ -37,12 +38,12 @@ def losses(text):
 
 
 def test_every_step_keeps_more(dense, toy, tmp_path, capsys):
-    """Start and calibration are better than chance, each than the one before; training goes on."""
+    """Calibration lowers the loss of the start without data, and training continues from it."""
     family, path = dense
     out = convert(path, tmp_path / "memory.pt")
     text = capsys.readouterr().out
     found = losses(text)
-    if family == "mlm":  # has hardly learned yet: nothing to lose, nothing to win
+    if family == "mlm":  # it has hardly learned yet, so that there is little to lose
         assert abs(found["calibrated"] - found["dense"]) < 0.1
     else:
         assert found["dense"] < found["calibrated"] < found["without data"]
@@ -66,8 +67,8 @@ def test_every_step_keeps_more(dense, toy, tmp_path, capsys):
 
 
 def test_the_norm_before_each_look_up_is_known(dense, tmp_path):
-    """What a unit's norm gives is what the dense module reads, before or after the residual."""
-    family, path = dense
+    """A unit's norm outputs what the dense module reads, in pre-norm and post-norm models."""
+    _family, path = dense
     out = convert(path, tmp_path / "memory.pt", "--tokens", 0, "--memory-out-proj", "memory")
     ours, _, _ = build(out, None)
     model, _, task = build(path, None)

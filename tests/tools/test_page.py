@@ -1,4 +1,4 @@
-"""tools/page.py: logs, experts and scores on one page that needs nothing but itself."""
+"""tools/page.py: logs, experts and scores on one self-contained page."""
 
 import json
 import re
@@ -21,7 +21,7 @@ STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--max-update", 12
 
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory):
-    """Folder of a run with a log, validation in it, and a checkpoint."""
+    """Folder of a run with a checkpoint and a log that includes validation."""
     folder = tmp_path_factory.mktemp("paged")
     args = train_args(toy, folder, *STAGES, "--save-interval-updates", 6)
     args.remove("--disable-validation")
@@ -30,7 +30,7 @@ def trained(toy, tmp_path_factory):
 
 
 class Reader(HTMLParser):
-    """Counts what is opened and closed; collects headings and references."""
+    """Checks that each tag that opens is closed; collects headings and references."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def line(kind, **row):
 
 
 def test_a_resumed_log_counts_each_update_once(tmp_path):
-    """Lines of updates made again replace the earlier ones; tokens add up in between."""
+    """Lines of repeated updates replace earlier ones; tokens include updates between lines."""
     log = tmp_path / "train.log"
     rows = [(25, 9.0), (50, 8.0), (75, 7.5), (50, 8.1), (75, 7.6)]
     text = "".join(line("train_inner", num_updates=n, loss=x, wpb=100, wall=n) for n, x in rows)
@@ -73,7 +73,7 @@ def test_a_resumed_log_counts_each_update_once(tmp_path):
 
 
 def test_specialists_add_up(trained, toy):
-    """Shares of a layer sum to 1, and a word's counts over its experts to its pairs."""
+    """The experts' shares of a layer sum to 1, and a word is counted as often as it occurs."""
     model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
     task.load_dataset("valid")
     seen = watch(model, task, subset="valid", max_tokens=500)
@@ -90,8 +90,10 @@ def test_specialists_add_up(trained, toy):
 
 
 def test_activity_adds_up(trained, toy):
-    """Active experts by frequency and by place: classes hold all tokens and share one mean; where
-    each token has two experts, all means are 2; places are counted without padding."""
+    """Classes of words by frequency and by place contain all tokens and have the same total mean.
+
+    If each token has two experts, every mean is 2. Places are counted without padding.
+    """
     model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
     task.load_dataset("valid")
     (layer, *_) = [m for _, m in moe_layers(model)]
@@ -116,7 +118,7 @@ def test_activity_adds_up(trained, toy):
 
 
 def test_similarity(trained, toy):
-    """Cosines: 1 on the diagonal, symmetric, 1 everywhere for copies."""
+    """For experts that are copies of one, every cosine is 1."""
     model, _, _ = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
     for _, layer in moe_layers(model):
         for p in layer.experts.parameters():
@@ -127,7 +129,7 @@ def test_similarity(trained, toy):
 
 @pytest.fixture(scope="module")
 def made(trained, toy, tmp_path_factory):
-    """The page of everything at once, and the folder of its pictures."""
+    """Folder of a page with every section at once, and of its pictures."""
     out = tmp_path_factory.mktemp("page")
     hypothesis = out / "h.de"
     lines = (toy / "test.de").read_text().splitlines()
@@ -144,7 +146,7 @@ def made(trained, toy, tmp_path_factory):
 
 
 def test_the_page_is_whole(made):
-    """Every section, well-formed, names escaped, nothing fetched from elsewhere; PNGs beside it."""
+    """The page is well-formed and complete, escapes names and loads nothing; PNGs are written."""
     text = (made / "page.html").read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -161,10 +163,10 @@ def test_the_page_is_whole(made):
 
 
 def test_a_browser_shows_it(made):
-    """A headless browser renders the page: the screenshot is no blank."""
+    """A headless browser renders the page, and the screenshot is not blank."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no chromium here")
+        pytest.skip("chromium is not installed")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
     url = f"file://{made / 'page.html'}"
     shot = made / "shot.png"
@@ -186,7 +188,7 @@ def test_a_browser_shows_it(made):
     ],
 )
 def test_what_is_missing_is_named(tmp_path, flags, said):
-    """Before anything is read."""
+    """A missing argument is named before anything is read."""
     args = report.parser().parse_args(["page", *flags, "--output", str(tmp_path / "x.html")])
     with pytest.raises(ValueError, match=said):
         page.run(args)

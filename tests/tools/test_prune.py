@@ -1,4 +1,4 @@
-"""tools/prune.py: unused experts go, and the loss before and after is what fairseq prints."""
+"""tools/prune.py: unused experts are removed, and both reported losses are what fairseq prints."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def checkpoint(request, toy, tmp_path_factory):
 
 
 def test_losses_are_those_of_fairseq_validate(checkpoint, toy, tmp_path):
-    """Before and after: the loss that the real command prints for the two checkpoints."""
+    """The losses before and after are those that the real command prints for both checkpoints."""
     family, path = checkpoint
     report = pruned(path, tmp_path / "p.pt", "--keep", 2)
     data, task = ("bin", "translation") if family == "translation" else ("mono", family)
@@ -51,16 +51,16 @@ def test_losses_are_those_of_fairseq_validate(checkpoint, toy, tmp_path):
 
 
 def test_an_unused_expert_costs_nothing(toy, tmp_path):
-    """Experts that no token chooses go by default, and the loss stays to the last digit."""
+    """Experts that no token chooses are removed by default, which leaves the loss exactly equal."""
     train(*train_args(toy, tmp_path, *HARD))
     checkpoint = load(tmp_path / "checkpoint_last.pt")
     for name, value in checkpoint["model"].items():
         if name.endswith("experts.b2"):
-            # whatever experts 1 and 2 say, nobody hears it
+            # experts 1 and 2 have huge outputs, which no token uses
             value[1:3] = 1e6
         if name.endswith("gate.weight"):
             value[1:3] = 0
-            # so sure that no probability is left for the others
+            # logits so large that no probability is left for the others
             value[0] *= 1e6
             value[3] = -value[0]
     write(checkpoint, tmp_path / "idle.pt")
@@ -85,7 +85,7 @@ def test_an_unused_expert_costs_nothing(toy, tmp_path):
     ids=str,
 )
 def test_every_kind_of_state_shrinks(toy, tmp_path, flags):
-    """Shared expert, bias, distilled router, soft stage: the smaller model loads and decodes."""
+    """The pruned model loads and keeps the rows of its experts, for every kind of gate state."""
     train(*train_args(toy, tmp_path, *HARD, *flags))
     path = tmp_path / "checkpoint_last.pt"
     report = pruned(path, tmp_path / "p.pt", "--keep", 3)
@@ -99,11 +99,11 @@ def test_every_kind_of_state_shrinks(toy, tmp_path, flags):
         assert torch.equal(b.experts.w1, a.experts.w1[rows])
         assert torch.equal(b.gate.weight, a.gate.weight[kept])
         assert b.cfg.threshold == pytest.approx(a.cfg.threshold) or flags[0] == "--moe-gate"
-        assert b.clock == a.clock
+        assert b.phase == a.phase
 
 
 def test_words_keep_their_expert(toy, tmp_path):
-    """StableMoE's frozen words stay where they are unless their expert goes."""
+    """StableMoE's frozen words keep their expert unless it is removed."""
     train(*train_args(toy, tmp_path, "--moe-gate", "stable", "--stable-freeze-update", 2,
                       "--max-update", 12))  # fmt: skip
     path = tmp_path / "checkpoint_last.pt"
@@ -117,7 +117,7 @@ def test_words_keep_their_expert(toy, tmp_path):
 
 
 def test_refusals(checkpoint, toy, tmp_path, capsys):
-    """A count out of range, a gate that cannot lose experts, a dense model: named, no file."""
+    """Impossible counts, gates and models are refused with the reason, and no file is written."""
     _, path = checkpoint
 
     def fails(path, message, *flags):

@@ -1,6 +1,10 @@
-"""Gates, chosen by `--moe-gate`. A new gate is one file here and one line in `GATES`."""
+"""Gates, chosen by `--moe-gate`.
 
-from fairseq_evomoe.modules.gates.base import Gate, ScoreGate, Site
+A new gate is one file with a class under `register_gate`, here or in a package of your own that is
+imported before the model is built.
+"""
+
+from fairseq_evomoe.modules.gates.base import GATES, Gate, GateContext, ScoreGate, register_gate
 from fairseq_evomoe.modules.gates.base_assignment import BaseGate
 from fairseq_evomoe.modules.gates.dense import DenseGate
 from fairseq_evomoe.modules.gates.dense_to_sparse import DenseToSparseGate
@@ -11,16 +15,19 @@ from fairseq_evomoe.modules.gates.stable import StableGate
 from fairseq_evomoe.modules.gates.switch import SwitchGate
 from fairseq_evomoe.modules.gates.top_k import TopKGate
 
-GATES: dict[str, type[Gate]] = {
-    "dts": DenseToSparseGate,
-    "dense": DenseGate,
-    "switch": SwitchGate,
-    "gshard": GShardGate,
-    "topk": TopKGate,
-    "base": BaseGate,
-    "hash": HashGate,
-    "stable": StableGate,
-    "expert_choice": ExpertChoiceGate,
-}
-
-__all__ = ["GATES", "Gate", "ScoreGate", "Site", *(g.__name__ for g in GATES.values())]
+__all__ = [
+    "GATES",
+    "BaseGate",
+    "DenseGate",
+    "DenseToSparseGate",
+    "ExpertChoiceGate",
+    "GShardGate",
+    "Gate",
+    "GateContext",
+    "HashGate",
+    "ScoreGate",
+    "StableGate",
+    "SwitchGate",
+    "TopKGate",
+    "register_gate",
+]

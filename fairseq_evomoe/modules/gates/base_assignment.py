@@ -8,9 +8,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.kernels.gate import top_k_mask
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site, mask_of
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.kernels.gate.rule import top_k_mask
+from fairseq_evomoe.modules.gates.base import GateContext, ScoreGate, mask_of, register_gate
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.schedule import Stage
 
 try:
     from fairseq import libbase
@@ -20,47 +21,56 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 
+@register_gate("base")
 class BaseGate(ScoreGate):
-    """Balanced assignment while training, the nearest expert in evaluation (arXiv 2103.16716).
+    """Balanced assignment during training, best-scoring expert in evaluation (arXiv 2103.16716).
 
-    z = h W, rows of W orthogonal of norm 0.1 at first. Training: the assignment of tokens to
-    experts that maximises sum_t z_{t, a(t)} with at most ceil(T / E) tokens an expert (eq. 2), so a
-    token's expert depends on its batch. Evaluation: a(t) = argmax_e z_te. Output: the paper's
-    a (h + f(h)) + (1 - a) h with a = sigmoid(z) is h + a f(h): with the residual outside, the
-    combine weight is sigmoid(z). There is no balance loss; the metric is logged.
+    z = h W, where the rows of W are orthogonal with norm 0.1 at first. In training, tokens are
+    assigned to experts such that sum_t z_{t, a(t)} is largest with at most ceil(T / E) tokens per
+    expert (eq. 2), so a token's expert depends on its batch. In evaluation, a(t) = argmax_e z_te.
+    The paper's output a (h + f(h)) + (1 - a) h with a = sigmoid(z) equals h + a f(h). Since the
+    residual is added outside this layer, the combine weight is sigmoid(z). No balance loss is
+    trained; its value is only logged.
     """
 
-    takes_bias = False
+    flags = ("--moe-gate-token-bias",)
 
-    def __init__(self, cfg: MoEConfig, site: Site) -> None:
-        super().__init__(cfg, site)
-        nn.init.orthogonal_(self.weight, gain=0.1, generator=site.generator)
+    def __init__(self, cfg: MoEConfig, context: GateContext) -> None:
+        super().__init__(cfg, context)
+        nn.init.orthogonal_(self.weight, gain=0.1, generator=context.generator)
         if libbase is None:
-            logger.warning("fairseq.libbase is missing: BASE assigns with SciPy, which is slower")
+            logger.warning(
+                "fairseq.libbase is missing, so BASE assigns tokens with SciPy, which is slower"
+            )
 
-    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+    @classmethod
+    def experts_per_token(cls, cfg: MoEConfig, stage: Stage) -> float:
+        return 1
+
+    def route(self, logits: Tensor, phase: Phase, tokens: TokenBatch | None) -> RoutingPlan:
         if self.training:
             active = mask_of(balanced_assignment(logits.detach()), logits.size(1))
         else:
             active = top_k_mask(logits, 1)
         weights, probs = torch.sigmoid(logits) * active, logits.softmax(-1)
-        return RoutingPlan(weights, active, probs, logits, at_most=1)
+        return RoutingPlan(weights=weights, active=active, probs=probs, logits=logits, max_active=1)
 
-    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
-        return super().balance(plan, load).detach()
+    def balance_loss(self, plan: RoutingPlan, load: Tensor) -> Tensor:
+        return super().balance_loss(plan, load).detach()
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
-    """The expert of each token: at most ceil(T / E) tokens an expert, the sum of scores maximal.
+    """Choose each token's expert such that the sum of scores is largest.
 
-    fairseq's auction where it is compiled (within 0.1 % of the maximum, milliseconds); else
-    SciPy's exact solver (a second for 4096 tokens).
+    An expert gets at most ceil(T / E) tokens. If fairseq's auction is compiled, it is used (within
+    0.1 % of the maximum, in milliseconds), otherwise SciPy's exact solver (a second for 4096
+    tokens).
 
     Args:
-        scores: (T, E) float32; what is not finite counts as the lowest.
+        scores: (T, E) float32; non-finite values count as the lowest finite one.
 
     Returns:
-        (T,) int64.
+        expert of each token, (T,) int64.
     """
     tokens, experts = scores.shape
     if tokens == 0 or experts == 1:
@@ -69,7 +79,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     lowest = torch.where(ok, scores, torch.inf).min()
     scores = torch.where(ok, scores, lowest if lowest < torch.inf else 0.0)
     rows = -(-tokens // experts)
-    # tokens that do not exist fill the experts up; all experts are the same to them
+    # dummy tokens, whose scores are the same for all experts, fill the experts up
     scores = torch.cat([scores, scores.new_zeros(rows * experts - tokens, experts)])
     solve = _scipy if libbase is None else _auction
     return solve(scores, rows)[:tokens]
@@ -77,7 +87,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
 def _auction(scores: Tensor, rows: int) -> Tensor:
     order = libbase.balanced_assignment(scores.clone()).view(-1)
-    # among equal scores the auction may hand a token out twice and forget another
+    # among equal scores the auction may assign one token twice and leave out another
     count = order.bincount(minlength=order.numel())
     if int(count.max()) > 1:
         first = torch.zeros_like(order, dtype=torch.bool)

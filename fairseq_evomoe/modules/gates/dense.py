@@ -3,16 +3,22 @@
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.modules.gates.base import ScoreGate
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.modules.gates.base import ScoreGate, register_gate
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
 
 
+@register_gate("dense")
 class DenseGate(ScoreGate):
-    """w = softmax(z) over all experts (Jacobs et al. 1991); the upper bound in compute."""
+    """All experts, weighted by softmax(z) (Jacobs et al. 1991).
 
-    takes_bias = False
+    No other gate computes as much.
+    """
 
-    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+    flags = ("--moe-gate-token-bias",)
+
+    def route(self, logits: Tensor, phase: Phase, tokens: TokenBatch | None) -> RoutingPlan:
         probs = logits.softmax(-1)
         active = torch.ones_like(probs, dtype=torch.bool)
-        return RoutingPlan(probs, active, probs, logits, at_most=probs.size(1))
+        return RoutingPlan(
+            weights=probs, active=active, probs=probs, logits=logits, max_active=probs.size(1)
+        )

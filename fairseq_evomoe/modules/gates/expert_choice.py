@@ -1,72 +1,92 @@
 """Expert choice: experts pick tokens. Letters: T tokens, E experts."""
 
+import logging
+import math
+
 import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import ScoreGate, Site
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.modules.gates.base import GateContext, ScoreGate, register_gate
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.options import ChoiceGroup
+from fairseq_evomoe.schedule import Stage
+
+logger = logging.getLogger(__name__)
 
 
+@register_gate("expert_choice")
 class ExpertChoiceGate(ScoreGate):
-    """Each expert takes the C = round(c n / E) tokens, at least 1, that score highest (2202.09368).
+    """Each expert takes the C = round(c n / E) tokens that score highest, at least 1.
 
-    p = softmax over experts of z (section 3.2); weight p_te; c = `--moe-capacity-factor` (1 when 0)
-    is the mean number of experts a token gets, which may be 0 or all. The paper's n is the batch
-    (`--moe-choice-group batch`); by default it is the sentence, so that a sentence does not depend
-    on its neighbours. Either way a token's experts depend on later tokens: refused in decoders.
-    Load is even by construction, so no balance loss is trained.
+    The scores are p = softmax of z over the experts (arXiv 2202.09368, section 3.2), and the
+    combine weight is p_te. c = `--moe-choice-experts` (1 if the flag is 0) is the mean number of
+    experts per token; a token may get none or all of them. In the paper n is the number of tokens
+    in the batch (`--moe-choice-group batch`). By default it is that of the sentence, so that a
+    sentence does not depend on its neighbours. Either way a token's experts depend on later tokens,
+    so the gate is refused in decoders. The load is even by construction, so no balance loss is
+    trained.
     """
 
-    takes_bias = False
-    takes_capacity = True
+    flags = ("--moe-gate-token-bias", "--moe-choice-experts", "--moe-choice-group")
 
-    def __init__(self, cfg: MoEConfig, site: Site) -> None:
-        super().__init__(cfg, site)
-        if site.causal:
+    def __init__(self, cfg: MoEConfig, context: GateContext) -> None:
+        super().__init__(cfg, context)
+        if context.causal:
             raise ValueError(
-                f"--moe-gate expert_choice in {site.name}: experts choose among all positions, and "
-                "a decoder would see its future; use it in encoders (--encoder-moe-freq alone) and "
-                "masked LMs, or another --moe-gate"
+                f"--moe-gate expert_choice in {context.name}: experts choose among all positions, "
+                "so a decoder would see future tokens; use it in encoders (--encoder-moe-freq "
+                "alone) and masked LMs, or give another --moe-gate"
             )
 
     @classmethod
     def check(cls, cfg: MoEConfig) -> None:
+        if cfg.moe_capacity_factor is not None:
+            logger.warning(
+                "--moe-capacity-factor %s: with --moe-gate expert_choice this is now "
+                "--moe-choice-experts; the old name will go away in version 0.3.0",
+                cfg.moe_capacity_factor,
+            )
+            cfg.moe_choice_experts, cfg.moe_capacity_factor = cfg.moe_capacity_factor, None
         super().check(cfg)
+        cfg.need_choice("--moe-choice-group", ChoiceGroup)
         cfg.need(
-            cfg.moe_choice_group in ("sentence", "batch"),
-            "--moe-choice-group",
-            "choose sentence or batch",
-        )
-        cfg.need(
-            cfg.moe_capacity_factor <= cfg.moe_expert_count,
-            "--moe-capacity-factor",
-            f"a token cannot get more than all {cfg.moe_expert_count} experts",
+            0 < cfg.moe_choice_experts <= cfg.moe_expert_count,
+            "--moe-choice-experts",
+            f"must be above 0, and a token cannot get more than all {cfg.moe_expert_count} experts",
         )
 
-    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+    @classmethod
+    def min_experts(cls, cfg: MoEConfig) -> int:
+        return math.ceil(cfg.moe_choice_experts)
+
+    @classmethod
+    def experts_per_token(cls, cfg: MoEConfig, stage: Stage) -> float:
+        return cfg.moe_choice_experts
+
+    def route(self, logits: Tensor, phase: Phase, tokens: TokenBatch | None) -> RoutingPlan:
         probs = logits.softmax(-1)
         if tokens is None or self.cfg.moe_choice_group == "batch":
             group = torch.zeros(len(probs), dtype=torch.int64, device=probs.device)
         else:
             group = tokens.sentence
-        active = choose(probs.detach(), group, self.cfg.moe_capacity_factor or 1.0)
-        return RoutingPlan(probs * active, active, probs, logits)
+        active = choose_tokens(probs.detach(), group, self.cfg.moe_choice_experts)
+        return RoutingPlan(weights=probs * active, active=active, probs=probs, logits=logits)
 
-    def balance(self, plan: RoutingPlan, load: Tensor) -> Tensor:
-        return super().balance(plan, load).detach()
+    def balance_loss(self, plan: RoutingPlan, load: Tensor) -> Tensor:
+        return super().balance_loss(plan, load).detach()
 
 
-def choose(probs: Tensor, group: Tensor, factor: float) -> Tensor:
-    """The round(factor n / E), at least 1, best tokens of each expert in each group of n tokens.
+def choose_tokens(probs: Tensor, group: Tensor, factor: float) -> Tensor:
+    """Select the round(factor n / E) best tokens, at least 1, of each expert in each group.
 
     Args:
         probs: (T, E).
-        group: (T,) int64, ids from 0.
-        factor: experts per token on average.
+        group: group of each token, (T,) int64, numbered from 0; a group has n tokens.
+        factor: mean number of experts per token.
 
     Returns:
-        (T, E) bool; among equals the earlier token wins.
+        (T, E) bool; among equal probabilities the earlier token wins.
     """
     if len(probs) == 0:
         return torch.zeros_like(probs, dtype=torch.bool)

@@ -4,43 +4,51 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.kernels.gate import top_k_mask
-from fairseq_evomoe.modules.gates.base import (
-    ScoreGate,
-    capacity,
-    within_capacity,
-)
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
-
-POLICIES = ("sampling", "random", "all")
+from fairseq_evomoe.kernels.gate.rule import top_k_mask
+from fairseq_evomoe.modules.gates.base import ScoreGate, register_gate
+from fairseq_evomoe.modules.gates.capacity import capacity, within_capacity
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.options import SecondExpert
+from fairseq_evomoe.schedule import Stage
 
 
+@register_gate("gshard")
 class GShardGate(ScoreGate):
     """Top-2 with a policy for the second expert (arXiv 2006.16668, algorithm 1).
 
-    First: argmax p. Second, while training, by `--moe-second-expert-policy`: `sampling` the argmax
-    of z + Gumbel noise over the others; `random` the runner-up, kept with probability
-    min(1, 2 p_2); `all` the runner-up. Evaluation takes the runner-up, so that it is deterministic.
-    Weights p_1 and p_2, divided by their sum: over what is left by the capacity ceil(2 c T / E), or
-    before it drops anything with `--moe-normalize-gate-prob-before-dropping`.
+    The first expert is argmax p. During training, `--moe-second-expert-policy` selects the second:
+    `sampling` takes the argmax of z + Gumbel noise over the other experts, `random` takes the
+    runner-up with probability min(1, 2 p_2), and `all` always takes the runner-up. Evaluation takes
+    the runner-up, so that it is deterministic. The weights are p_1 and p_2 divided by their sum,
+    which is taken over what the capacity ceil(2 c T / E) leaves, or before the capacity drops
+    anything with `--moe-normalize-gate-prob-before-dropping`.
 
-    Its balance loss counts first choices alone: E sum_e f_e P_e, f_e the share of tokens whose
-    argmax is e.
+    The balance loss counts first choices alone: it is E sum_e f_e P_e, where f_e is the fraction of
+    tokens whose argmax is e.
     """
 
-    takes_capacity = True
+    flags = (
+        *ScoreGate.flags,
+        "--moe-capacity-factor",
+        "--moe-batch-prioritized-routing",
+        "--moe-second-expert-policy",
+        "--moe-normalize-gate-prob-before-dropping",
+    )
 
     @classmethod
     def check(cls, cfg: MoEConfig) -> None:
         super().check(cfg)
-        cfg.need(
-            cfg.moe_second_expert_policy in POLICIES,
-            "--moe-second-expert-policy",
-            f"choose one of {', '.join(POLICIES)}",
-        )
-        cfg.need(cfg.moe_expert_count >= 2, "--moe-expert-count", "gshard needs 2 experts or more")
+        cfg.need_choice("--moe-second-expert-policy", SecondExpert)
 
-    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+    @classmethod
+    def min_experts(cls, cfg: MoEConfig) -> int:
+        return 2
+
+    @classmethod
+    def experts_per_token(cls, cfg: MoEConfig, stage: Stage) -> float:
+        return 2
+
+    def route(self, logits: Tensor, phase: Phase, tokens: TokenBatch | None) -> RoutingPlan:
         cfg, probs, scores = self.cfg, logits.softmax(-1), self.scores(logits)
         policy = cfg.moe_second_expert_policy if self.training else "all"
         first = top_k_mask(scores, 1)
@@ -51,25 +59,31 @@ class GShardGate(ScoreGate):
         pair = probs * (first | second)
         pair = pair / pair.sum(-1, keepdim=True)
         if policy == "random":
-            shares = pair if cfg.moe_normalize_gate_prob_before_dropping else probs
-            p2 = (shares * second).sum(-1)
+            p = pair if cfg.moe_normalize_gate_prob_before_dropping else probs
+            p2 = (p * second).sum(-1)
             second = second & (torch.rand_like(p2) < 2 * p2)[:, None]
 
         kept = [first, second]
-        limits = self.training and cfg.moe_capacity_factor > 0
-        if limits:
-            surest = (probs * first).sum(-1) if cfg.moe_batch_prioritized_routing else None
-            kept = within_capacity(kept, capacity(cfg, len(probs), 2), priority=surest)
+        limited = self.training and cfg.moe_capacity_factor is not None
+        if limited:
+            certainty = (probs * first).sum(-1) if cfg.moe_batch_prioritized_routing else None
+            kept = within_capacity(kept, capacity(cfg, len(probs), 2), priority=certainty)
         active = kept[0] | kept[1]
         if cfg.moe_normalize_gate_prob_before_dropping:
             weights = pair * active
         else:
             weights = probs * active
-            # a token that lost both experts divides 0 by 1
+            # if a token has lost both experts, its weights of 0 are divided by 1
             total = weights.sum(-1, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1)
-        asked = first | second if limits else None
-        return RoutingPlan(weights, active, probs, logits, asked=asked, at_most=2)
+        return RoutingPlan(
+            weights=weights,
+            active=active,
+            probs=probs,
+            logits=logits,
+            before_capacity=first | second if limited else None,
+            max_active=2,
+        )
 
-    def load(self, plan: RoutingPlan) -> Tensor:
+    def expert_load(self, plan: RoutingPlan) -> Tensor:
         return top_k_mask(self.scores(plan.logits), 1).sum(0).float()

@@ -1,4 +1,4 @@
-"""Hash: the token's identity decides. Letters: T tokens, E experts, V vocabulary."""
+"""Hash gate: the token id determines the expert. Letters: T tokens, E experts, V vocabulary."""
 
 import heapq
 import json
@@ -9,32 +9,35 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.modules.gates.base import Gate, Site, mask_of
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.modules.gates.base import Gate, GateContext, mask_of, register_gate
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.schedule import Stage
 
 
+@register_gate("hash")
 class HashGate(Gate):
-    """A fixed table from token id to expert, weight 1, nothing to learn (arXiv 2106.04426).
+    """A fixed table from token id to expert, with weight 1 and nothing to learn (arXiv 2106.04426).
 
-    `--moe-hash-mapping`: `random` draws an expert for each id; `balanced` hands ids, most frequent
-    first, to the expert with the least load so far, by the dictionary's counts (section 3.1; a
-    dictionary joined over two languages counts both, so each side is balanced less well); else a
-    JSON file {token: expert}, for instance of clusters, whose missing tokens are balanced over.
-    The token is the one at the layer's position: the source word in an encoder, the previous target
-    word in a decoder, the mask itself where a masked LM hides a word. The table is saved with the
-    weights.
+    `--moe-hash-mapping random` draws an expert for each id. `balanced` assigns ids, most frequent
+    first, to the expert with the least load so far, by the dictionary's counts (section 3.1). A
+    dictionary joined over two languages counts both, so each side is balanced less well. Otherwise
+    the flag names a JSON file {token: expert}, for instance of clusters; tokens that are not in it
+    are balanced over the experts. The token is the one at the layer's position: the source word in
+    an encoder, the previous target word in a decoder, and the mask itself where a masked LM hides a
+    word. The table is saved with the weights.
     """
 
+    flags = ("--moe-hash-mapping",)
+    can_lose_experts = False
     table: Tensor
 
-    def __init__(self, cfg: MoEConfig, site: Site) -> None:
-        super().__init__(cfg, site)
-        if site.dictionary is None:
-            raise ValueError(f"--moe-gate hash: layer {site.name} does not know its dictionary")
-        self.register_buffer("table", _table(cfg, site))
+    def __init__(self, cfg: MoEConfig, context: GateContext) -> None:
+        super().__init__(cfg, context)
+        context.vocabulary("--moe-gate hash")
+        self.register_buffer("table", _table(cfg, context))
         self._complete = False
 
-    def ready(self) -> None:
+    def check_ready(self) -> None:
         self.cfg.need(bool((self.table >= 0).all()), "--moe-hash-mapping", "no such file")
 
     @classmethod
@@ -46,36 +49,46 @@ class HashGate(Gate):
             "choose random, balanced, or a file that ends in .json",
         )
 
-    def forward(self, x: Tensor, clock: Clock, tokens: TokenBatch | None = None) -> RoutingPlan:
+    @classmethod
+    def experts_per_token(cls, cfg: MoEConfig, stage: Stage) -> float:
+        return 1
+
+    def forward(self, x: Tensor, phase: Phase, tokens: TokenBatch | None = None) -> RoutingPlan:
         if tokens is None:
             raise ValueError("--moe-gate hash routes by token ids, and this layer was given none")
         if not self._complete:
-            self.ready()
+            self.check_ready()
             self._complete = True
         active = mask_of(self.table[tokens.token], self.cfg.moe_expert_count)
         weights = active.float()
-        return RoutingPlan(weights, active, weights, torch.zeros_like(weights), at_most=1)
+        return RoutingPlan(
+            weights=weights,
+            active=active,
+            probs=weights,
+            logits=torch.zeros_like(weights),
+            max_active=1,
+        )
 
 
-def _table(cfg: MoEConfig, site: Site) -> Tensor:
-    vocabulary, experts = len(site.dictionary), cfg.moe_expert_count
+def _table(cfg: MoEConfig, context: GateContext) -> Tensor:
+    vocabulary, experts = len(context.dictionary), cfg.moe_expert_count
     if cfg.moe_hash_mapping == "random":
-        return torch.randint(experts, (vocabulary,), generator=site.generator)
+        return torch.randint(experts, (vocabulary,), generator=context.generator)
     fixed: dict[int, int] = {}
     if cfg.moe_hash_mapping != "balanced":
         path = Path(cfg.moe_hash_mapping)
         if not path.is_file():
-            # a checkpoint brings its own table; training without one is refused
+            # a checkpoint brings its own table; training is refused as long as there is none
             return torch.full((vocabulary,), -1)
-        fixed = read_mapping(path, site.dictionary, experts)
-    return balance_by_count(counts_of(site.dictionary), experts, fixed)
+        fixed = read_mapping(path, context.dictionary, experts)
+    return balance_by_count(counts_of(context.dictionary), experts, fixed)
 
 
 def counts_of(dictionary: Any) -> list[int]:
-    """Occurrences of each id in the training text, as far as a fairseq dictionary knows them.
+    """Return the count of each id in the training text, as far as a fairseq dictionary knows it.
 
-    It counts the end of a sentence and the mask of a masked LM once, though they are among the
-    most frequent: they are given the count of the most frequent word.
+    A dictionary counts the end of a sentence and the mask of a masked LM once, although they are
+    among the most frequent tokens. They are given the count of the most frequent word.
     """
     counts = list(dictionary.count)
     frequent = {dictionary.indices.get(s) for s in (dictionary.eos_word, "<mask>")} - {None}
@@ -86,11 +99,11 @@ def counts_of(dictionary: Any) -> list[int]:
 
 
 def read_mapping(path: Path, dictionary: Any, experts: int) -> dict[int, int]:
-    """{token: expert} from a JSON file, as {id: expert}, without unknown tokens.
+    """Read {token: expert} from a JSON file and return it as {id: expert}, without unknown tokens.
 
     Raises:
-        ValueError: the file is not such a mapping, names no token of the dictionary, or an expert
-            that does not exist.
+        ValueError: the file is not such a mapping, names no token of the dictionary, or names an
+            expert that does not exist.
     """
     flag = f"--moe-hash-mapping {path}"
     try:
@@ -112,12 +125,15 @@ def read_mapping(path: Path, dictionary: Any, experts: int) -> dict[int, int]:
 
 
 def balance_by_count(counts: list[int], experts: int, fixed: dict[int, int]) -> Tensor:
-    """Ids to experts, most frequent first, each to the expert of least count so far; (V,) int64.
+    """Assign ids to experts, most frequent first, each to the expert with the lowest count so far.
 
     Args:
-        counts: occurrences of each id, V of them.
+        counts: number of occurrences of each of the V ids.
         experts: E.
-        fixed: id -> expert, decided beforehand.
+        fixed: id -> expert, for ids that are assigned beforehand.
+
+    Returns:
+        expert of each id, (V,) int64.
     """
     load = [0] * experts
     table = torch.zeros(len(counts), dtype=torch.int64)
@@ -130,6 +146,6 @@ def balance_by_count(counts: list[int], experts: int, fixed: dict[int, int]) -> 
         if token not in fixed:
             n, expert = queue[0]
             table[token] = expert
-            # a token that never occurs still takes a place, so that unseen ones spread
+            # a token that never occurs still counts as one, so that unseen tokens spread
             heapq.heapreplace(queue, (n + max(counts[token], 1), expert))
     return table

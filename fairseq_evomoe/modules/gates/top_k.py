@@ -3,17 +3,21 @@
 from torch import Tensor
 
 from fairseq_evomoe.config import MoEConfig
-from fairseq_evomoe.kernels.gate import top_k
-from fairseq_evomoe.modules.gates.base import ScoreGate
-from fairseq_evomoe.modules.plan import Clock, RoutingPlan, TokenBatch
+from fairseq_evomoe.kernels.gate.gate import top_k
+from fairseq_evomoe.modules.gates.base import ScoreGate, register_gate
+from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.schedule import Stage
 
 
+@register_gate("topk")
 class TopKGate(ScoreGate):
-    """Active: the `--moe-top-k` largest p; weights softmax over those (arXiv 1701.06538, eq. 3-5).
+    """The experts of the `--moe-top-k` largest p are active (arXiv 1701.06538, eq. 3-5).
 
-    For k = 1 that softmax is the constant 1 and would teach the router nothing: the weight is p,
-    as in Switch.
+    Their weights are the softmax over those experts. For k = 1 it would be the constant 1 and would
+    teach the router nothing, so the weight is p, as in Switch.
     """
+
+    flags = (*ScoreGate.flags, "--moe-top-k")
 
     @classmethod
     def check(cls, cfg: MoEConfig) -> None:
@@ -24,9 +28,24 @@ class TopKGate(ScoreGate):
             f"choose 1 to --moe-expert-count {cfg.moe_expert_count}",
         )
 
-    def route(self, logits: Tensor, clock: Clock, tokens: TokenBatch | None) -> RoutingPlan:
+    @classmethod
+    def min_experts(cls, cfg: MoEConfig) -> int:
+        return cfg.moe_top_k
+
+    @classmethod
+    def experts_per_token(cls, cfg: MoEConfig, stage: Stage) -> float:
+        return cfg.moe_top_k
+
+    def route(self, logits: Tensor, phase: Phase, tokens: TokenBatch | None) -> RoutingPlan:
         k = self.cfg.moe_top_k
         weights, active, probs, sums = top_k(
-            logits, k, self.bias, renorm=k > 1, sums=self.wants_sums
+            logits, k, self.bias, renorm=k > 1, sums=self.needs_sums
         )
-        return RoutingPlan(weights, active, probs, logits, at_most=k, summed=sums)
+        return RoutingPlan(
+            weights=weights,
+            active=active,
+            probs=probs,
+            logits=logits,
+            max_active=k,
+            gate_sums=sums,
+        )

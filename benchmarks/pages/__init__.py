@@ -1,0 +1,1 @@
+"""Rows of `results/` as tables and plots of the documentation."""

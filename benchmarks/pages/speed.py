@@ -1,0 +1,237 @@
+"""The tables and plots of docs/speed.md, and the tables of speed in README and recipes.
+
+All are made from the rows in benchmarks/results/.
+
+python -m benchmarks.pages.speed            print the tables
+python -m benchmarks.pages.speed --write    update the pages and the plots
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.pages.plots import Row, draw_series, save
+from benchmarks.pages.tables import read, table, write_or_print
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+PAGE = ROOT / "docs" / "speed.md"
+WAYS = {
+    "ours": "ours",
+    "fused": "ours, own products",
+    "grouped_mm": "torch's grouped product",
+    "transformers": "transformers, grouped",
+    "scattermoe": "ScatterMoE",
+    "eager": "one expert after another",
+    "gshard": "GShard's capacity masks",
+    "official": "official EvoMoE layout",
+}
+ROUTINGS = {"top1": "top-1", "top2": "top-2", "mix": "1 to 16 experts, 3 in the mean"}
+STORES = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "int8": "int8",
+    "bag": "fp32, torch's `embedding_bag`",
+    "official": "fp32, official CPU kernels",
+}
+ROWS = ("1", "16", "256", "1024", "4096")
+MODES = ("forward", "forward+backward")
+
+
+def short(ratio: str) -> str:
+    """Format a ratio: two decimals below 4, one decimal below 10, none from 10 on."""
+    value = float(ratio)
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 4 else f"{value:.2f}"
+
+
+def where(row: Row) -> str:
+    return f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}"
+
+
+def on_cpu(row: Row) -> bool:
+    return "NVIDIA" not in row["device"]
+
+
+def grouped(rows: list[Row], by: Callable[[Row], str]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(by(row), []).append(row)
+    return found
+
+
+def layer(rows: list[Row]) -> str:
+    """Time of the whole layer over its floor. If a case has several rows, the last one is used."""
+    out = []
+    for machine, mine in grouped(rows, where).items():
+        at: dict[tuple[str, ...], dict[str, Row]] = {}
+        for row in mine:
+            key = (row["case"], row["experts"], row["tokens"])
+            at.setdefault(key, {})[row["mode"]] = row
+        lines = []
+        for (case, experts, tokens), modes in at.items():
+            cells = [case, experts, tokens]
+            for mode in MODES:
+                r = modes[mode]
+                cells += [
+                    short(r["ratio_p50"]),
+                    f"{float(r['ms']):.0f} / {float(r['ms_floor']):.0f}",
+                ]
+            lines.append(cells)
+        head = ["case", "experts", "tokens", "forward", "ms, of floor", "forward + backward"]
+        out.append(f"**{machine}**\n\n" + table([*head, "ms, of floor"], lines) + "\n")
+    return "\n".join(out)
+
+
+def dispatch(rows: list[Row]) -> str:
+    """Time of every way of dispatch over a dense FFN of the same active FLOPs, as forward /
+    forward + backward."""
+    out = []
+    by_experts = lambda r: f"{r['experts']} experts, {where(r)}"
+    for machine, mine in grouped(rows, by_experts).items():
+        at = {(r["routing"], r["case"], r["tokens"], r["mode"]): r for r in mine}
+        sizes = sorted({r["tokens"] for r in mine}, key=int)
+        for kind, title in ROUTINGS.items():
+            lines = []
+            for case, name in WAYS.items():
+                cells, peak = [], ""
+                for tokens in sizes:
+                    pair = [at.get((kind, case, tokens, m)) for m in MODES]
+                    cells.append(" / ".join(short(r["ratio_p50"]) for r in pair if r) or "-")
+                    peak = pair[0]["peak_mb"] if pair[0] and tokens == "2048" else peak
+                if any(c != "-" for c in cells):
+                    lines.append([name, *cells, peak])
+            if lines:
+                head = ["way", *(f"{n} tokens" for n in sizes), "MB at 2048"]
+                out.append(f"**{title}** ({machine})\n\n" + table(head, lines) + "\n")
+    return "\n".join(out)
+
+
+def lookup(rows: list[Row]) -> str:
+    """Time of one look-up over that of nn.Linear."""
+    at = {(r["width"], r["case"], r["rows"], r["mode"]): r["ratio_p50"] for r in rows}
+    lines = []
+    for width in sorted({r["width"] for r in rows}, key=int):
+        for case, name in STORES.items():
+            cells = [at.get((width, case, n, MODES[0]), "") for n in ROWS]
+            cells.append(at.get((width, case, ROWS[-1], MODES[1]), ""))
+            if any(cells):
+                lines.append([width, name, *(short(c) if c else "" for c in cells)])
+    head = ["width", "tables", "batch 1", *ROWS[1:], f"forward + backward, {ROWS[-1]}"]
+    return table(head, lines) + "\n"
+
+
+def decode(rows: list[Row]) -> str:
+    """Tokens/s of whole models at batch 1, and their ratio to that of the dense model."""
+    models: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        size = (row["width"], row["layers"], row["ffn"])
+        models.setdefault(size, {})[row["case"]] = row
+    lines = []
+    for width, layers, ffn in sorted(models, key=lambda size: -int(size[0])):
+        found = models[width, layers, ffn]
+        cells = [f"width {width}, {layers} layers, FFN {ffn}"]
+        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
+        for case in (
+            "memoryformer fp32",
+            "memoryformer bf16",
+            "memoryformer int8",
+            "memory FFN fp32",
+        ):
+            r = found[case]
+            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
+        lines.append(cells)
+    head = ["model", "dense", "MemoryFormer", "with bf16 tables", "with int8 tables"]
+    return table([*head, "look-ups for the FFNs only"], lines) + "\n"
+
+
+def cost(rows: list[Row]) -> str:
+    """The table in README, for 4096 tokens and 8 experts on a CPU."""
+    on = [r for r in rows if (r["tokens"], r["experts"]) == ("4096", "8") and on_cpu(r)]
+    at = {(r["case"], r["mode"]): f"{float(r['ratio_p50']):.2f}" for r in on}
+    densities = [f"density {d}" for d in ("0.25", "0.5", "0.75")]
+    names = {
+        "sparse layer, top-1, over its floor": ["sparse top-1"],
+        "sparse layer, top-2, over its floor": ["sparse top-2"],
+        "dense stage over two GEMMs": ["dense stage"],
+        "a quarter, half, three quarters of all pairs active, over all pairs": densities,
+    }
+    lines = [
+        [name, *(", ".join(at[case, mode] for case in cases) for mode in MODES)]
+        for name, cases in names.items()
+    ]
+    return table(["case", "forward", "forward + backward"], lines) + "\n"
+
+
+def below(figure: plt.Figure, axis: Axes) -> None:
+    """Draw one legend for all axes below the plots."""
+    drawn, names = axis.get_legend_handles_labels()
+    figure.legend(drawn, names, loc="outside lower center", ncols=3, fontsize=8)
+
+
+def dispatch_plot(rows: list[Row]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.9), sharey=True, layout="constrained")
+    cpu = [r for r in rows if on_cpu(r) and r["mode"] == MODES[1]]
+    for axis, (kind, title) in zip(axes, ROUTINGS.items(), strict=True):
+        series = {}
+        for case, name in WAYS.items():
+            mine = [r for r in cpu if (r["case"], r["routing"]) == (case, kind)]
+            if mine:
+                mine.sort(key=lambda r: int(r["tokens"]))
+                series[name] = [(float(r["tokens"]), [float(r["ratio_p50"])]) for r in mine]
+        draw_series(axis, series)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        axis.set_xticks([512, 1024, 2048, 4096], ["512", "1024", "2048", "4096"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("time over a dense FFN of the same FLOPs")
+    below(figure, axes[0])
+    return figure
+
+
+def lookup_plot(rows: list[Row]) -> plt.Figure:
+    widths = sorted({r["width"] for r in rows}, key=int)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(9.6, 3.7), sharey=True, layout="constrained"
+    )
+    for axis, width in zip(axes, widths, strict=True):
+        series = {}
+        for case, name in STORES.items():
+            mine = [
+                r for r in rows if (r["case"], r["width"], r["mode"]) == (case, width, MODES[0])
+            ]
+            series[name.replace("`", "")] = [
+                (float(r["rows"]), [float(r["ratio_p50"])]) for r in mine
+            ]
+        draw_series(axis, {k: v for k, v in series.items() if v})
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="rows", title=f"width {width}")
+    axes[0].set_ylabel("time over nn.Linear")
+    below(figure, axes[0])
+    return figure
+
+
+def places() -> list[tuple[Path, str, str]]:
+    """(page, marker, text) of every table that this script makes."""
+    layers = read(RESULTS / "moe_layer.csv")
+    look_ups = ROOT / "docs/look_up_layers.md"
+    return [
+        (ROOT / "README.md", "cost", cost(layers)),
+        (PAGE, "layer", layer(layers)),
+        (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
+        (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
+        (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),
+    ]
+
+
+def figures() -> dict[str, plt.Figure]:
+    return {
+        "dispatch": dispatch_plot(read(RESULTS / "dispatch.csv")),
+        "lookup": lookup_plot(read(RESULTS / "lookup.csv")),
+    }
+
+
+if __name__ == "__main__":
+    write_or_print(__doc__, places, lambda: save(PAGE.parent / "speed", figures))

@@ -1,0 +1,1 @@
+"""Times of layers and models, interleaved with what they are compared with."""

@@ -1,0 +1,115 @@
+"""The flags of look-up layers, `--memory-*`, as a dataclass that belongs to the models."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from fairseq.dataclass.constants import StrEnum
+
+from fairseq_evomoe.options import Flags, option
+
+
+class Score(StrEnum):
+    """Values of `--memory-score`."""
+
+    prob = "prob"
+    abs_prob = "abs_prob"
+    l1 = "l1"
+
+
+class Norm(StrEnum):
+    """Values of `--memory-norm`."""
+
+    layer = "layer"
+    rms = "rms"
+
+
+class OutputProjection(StrEnum):
+    """Values of `--memory-out-proj`."""
+
+    none = "none"
+    dense = "dense"
+    memory = "memory"
+
+
+class TableStorage(StrEnum):
+    """Values of `--memory-tables`."""
+
+    trained = "trained"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+@dataclass
+class MemoryConfig(Flags):
+    """Where look-up layers replace linear layers (MemoryFormer), and how they are built."""
+
+    memory_ffn: bool = option(False, "replace dense feed-forward networks by look-up layers")
+    memory_attention: bool = option(False, "replace the projections of attention by look-up layers")
+    memory_layers: str = option(
+        "all", "which layers of encoder and decoder use look-ups: all, or numbers from 0 like 0,2,3"
+    )
+    memory_bits: int = option(
+        8, "number of values hashed to one row (tau in the paper); a table has 2^tau rows"
+    )
+    memory_delta: int = option(2, "number of additional bits in the second look-up of a memory FFN")
+    memory_score: Score = option(
+        "prob", "how a row is weighted: prob (the paper), abs_prob (the official code) or l1"
+    )
+    memory_temperature: float = option(1.0, "temperature of the scores prob and abs_prob")
+    memory_norm: Norm = option(
+        "layer", "normalisation between look-ups: layer (LayerNorm) or rms (RMSNorm)"
+    )
+    memory_out_proj: OutputProjection = option(
+        "none", "output projection of memory attention: none (the paper), dense or memory"
+    )
+    memory_lr_scale: float = option(3.0, "learning rate of the tables relative to --lr, under Adam")
+    memory_tables: TableStorage = option(
+        "trained",
+        "how tables are stored: trained, or bf16 or int8 as evomoe-export --tables writes them",
+    )
+    memory_weight_decay: float = option(
+        0.0, "weight decay of the tables, used instead of --weight-decay"
+    )
+
+    def layers(self) -> set[int] | None:
+        """Return the numbers of the layers with look-ups, or None if all layers have them."""
+        if self.memory_layers == "all":
+            return None
+        return {int(n) for n in self.memory_layers.split(",")}
+
+    def covers(self, index: int) -> bool:
+        """Return whether layer `index` (from 0) has look-ups, in attention or in the FFN."""
+        chosen = self.layers()
+        return chosen is None or index in chosen
+
+    def check(self) -> Self:
+        """Refuse values that cannot work, before anything is built.
+
+        Raises:
+            ValueError: the message names the flag and the fix.
+        """
+        listed = all(n.strip().isdigit() for n in self.memory_layers.split(","))
+        self.need(
+            listed or self.memory_layers == "all",
+            "--memory-layers",
+            "give all, or layer numbers such as 0,2,3",
+        )
+        self.need(
+            1 <= self.memory_bits <= 16, "--memory-bits", "choose 1 to 16 (tables of 2 to 65536)"
+        )
+        self.need(
+            0 <= self.memory_delta <= 16 - self.memory_bits,
+            "--memory-delta",
+            f"with --memory-bits {self.memory_bits} choose 0 to {16 - self.memory_bits}",
+        )
+        self.need_choice("--memory-score", Score)
+        self.need_choice("--memory-norm", Norm)
+        self.need_choice("--memory-tables", TableStorage)
+        self.need_choice("--memory-out-proj", OutputProjection)
+        for flag in ("--memory-temperature", "--memory-lr-scale"):
+            self.need(0 < self.given(flag) < math.inf, flag, "must be a number > 0")
+        self.need(
+            0 <= self.memory_weight_decay < math.inf, "--memory-weight-decay", "must be 0 or more"
+        )
+        return self

@@ -1,0 +1,393 @@
+// Hashed table look-up on CPUs, compiled once per instruction set. The including file, lookup_cpu.cpp,
+// sets EVOMOE_ISA (a namespace), EVOMOE_LANES and the target, and includes all other headers. There is
+// no include guard, because the file is included several times.
+//
+// Letters: B rows, K tables, t bits per table, N = 2^t rows per table, H output width, W tile width.
+//
+// With few rows, each row reads its K table rows in place and prefetches the next ones. With many rows,
+// a tile of W columns of several tables is copied (and widened) into the core's cache, and all rows
+// read from there. Every sum has one fixed order, whatever the number of threads.
+
+namespace EVOMOE_ISA {
+
+// Number of floats in a register of this instruction set.
+constexpr int V = EVOMOE_LANES;
+typedef float fv __attribute__((vector_size(4 * V)));
+typedef int32_t iv __attribute__((vector_size(4 * V)));
+typedef float loose __attribute__((vector_size(4 * V), aligned(4), may_alias));
+
+static inline fv load(const float* p) { return *(const loose*)p; }
+static inline void store(float* p, fv v) { *(loose*)p = v; }
+static inline fv load(const int8_t* p) {
+    // intrinsics, because the compiler converts bytes with several times as many instructions
+#if EVOMOE_LANES == 16
+    return (fv)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif EVOMOE_LANES == 8
+    return (fv)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8_t bytes __attribute__((vector_size(V), aligned(1), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes*)p, iv), fv);
+#endif
+}
+static inline fv load(const bfloat* p) {
+    typedef uint16_t halves __attribute__((vector_size(2 * V), aligned(2), may_alias));
+    typedef uint32_t words __attribute__((vector_size(4 * V)));
+    return (fv)(__builtin_convertvector(*(const halves*)p, words) << 16);
+}
+static inline float widen(float x) { return x; }
+static inline float widen(int8_t x) { return x; }
+static inline float widen(bfloat x) {
+    uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// Sum of the lanes; in each step the upper half is added to the lower half.
+static inline float total(fv v) {
+    typedef float f8 __attribute__((vector_size(32)));
+    typedef float f4 __attribute__((vector_size(16)));
+    f8 a;
+    f4 b;
+    if constexpr (V == 16) {
+        f8 high;
+        std::memcpy(&a, &v, 32);
+        std::memcpy(&high, (const char*)&v + 32, 32);
+        a += high;
+    } else if constexpr (V == 8) {
+        std::memcpy(&a, &v, 32);
+    }
+    if constexpr (V == 4) {
+        std::memcpy(&b, &v, 16);
+    } else {
+        f4 high;
+        std::memcpy(&b, &a, 16);
+        std::memcpy(&high, (const char*)&a + 16, 16);
+        b += high;
+    }
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+// e^x for x <= 0, and 0 for x below -87. After range reduction to |r| <= ln(2)/2, the Taylor series is
+// evaluated up to r^7 (1e-8).
+static inline fv exp_negative(fv x) {
+    const iv tiny = x < -87.0f;
+    x = (fv)(((iv)x & ~tiny) | ((iv)(fv{} - 87.0f) & tiny));
+    const iv n = __builtin_convertvector(x * 1.44269504088896f - 0.5f, iv);
+    const fv k = __builtin_convertvector(n, fv);
+    const fv r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    fv y = fv{} + 1.98412698e-4f;
+    y = y * r + 1.38888889e-3f;
+    y = y * r + 8.33333333e-3f;
+    y = y * r + 4.16666667e-2f;
+    y = y * r + 1.66666667e-1f;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    y = (fv)((iv)y + (n << 23));
+    return (fv)((iv)y & ~tiny);
+}
+
+// exp(-slope |z_i|) for n values, with slope = 2 / temperature. `out` must have room up to the next
+// multiple of V.
+static void confidence(const float* z, float* out, int64_t n, float slope) {
+    int64_t i = 0;
+    for (; i + V <= n; i += V) {
+        const fv size = (fv)((iv)load(z + i) & 0x7fffffff);
+        store(out + i, exp_negative(size * -slope));
+    }
+    if (i < n) {
+        float rest[V] = {};
+        std::memcpy(rest, z + i, (n - i) * sizeof(float));
+        const fv size = (fv)((iv)load(rest) & 0x7fffffff);
+        store(out + i, exp_negative(size * -slope));
+    }
+}
+
+#pragma GCC push_options
+// Slices are short, so vectorizing loops over t costs more than it saves.
+#pragma GCC optimize("no-tree-vectorize", "no-tree-slp-vectorize")
+// Row number in each table, from the K slices of one row of z.
+static void find(const Job& j, const float* z, int32_t* code) {
+    int64_t k = 0;
+    // for slices of 8 values, the mask of a vector comparison holds the codes
+#if EVOMOE_LANES == 16
+    for (; j.t == 8 && k + 2 <= j.K; k += 2) {
+        const fv v = load(z + k * 8);
+        const uint32_t mask = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GE_OQ);
+        code[k] = mask & 255;
+        code[k + 1] = mask >> 8;
+    }
+#elif EVOMOE_LANES == 8
+    for (; j.t == 8 && k < j.K; k++) {
+        const fv v = load(z + k * 8);
+        code[k] = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GE_OQ));
+    }
+#endif
+    for (; k < j.K; k++) {
+        int32_t c = 0;
+        for (int64_t i = 0; i < j.t; i++) c |= (int32_t)(z[k * j.t + i] >= 0) << i;
+        code[k] = c;
+    }
+}
+
+#if EVOMOE_LANES >= 8
+// Permutes the lanes: lane i gets the value of lane i ^ by, where `by` is 1, 2 or 4, so that lanes stay
+// within their group of eight.
+static inline fv across(fv v, int by) {
+    iv at;
+    for (int i = 0; i < V; i++) at[i] = i ^ by;
+    return __builtin_shuffle(v, at);
+}
+#endif
+
+// Score of each slice of one row of z.
+static void weigh(const Job& j, const float* z, float* scratch, float* p) {
+    if (j.score != L1) confidence(z, scratch, j.K * j.t, 2 / j.temperature);
+    int64_t k = 0;
+#if EVOMOE_LANES >= 8
+    constexpr int EACH = V / 8;  // slices of 8 in a register
+    for (; j.t == 8 && j.score != L1 && k + EACH <= j.K; k += EACH) {
+        fv product = load(scratch + k * 8) + 1, score = fv{} + 1;
+        product *= across(product, 1);
+        product *= across(product, 2);
+        product *= across(product, 4);
+        if (j.score == ABS_PROB) {
+            score = (fv)((iv)load(z + k * 8) & 0x7fffffff);
+            score += across(score, 1);
+            score += across(score, 2);
+            score += across(score, 4);
+        }
+        score /= product;
+        for (int i = 0; i < EACH; i++) p[k + i] = score[i * 8];
+    }
+#endif
+    for (; k < j.K; k++) {
+        float sum = 0, product = 1;
+        if (j.score != PROB)
+            for (int64_t i = 0; i < j.t; i++) sum += std::fabs(z[k * j.t + i]);
+        if (j.score != L1)
+            for (int64_t i = 0; i < j.t; i++) product *= 1 + scratch[k * j.t + i];
+        p[k] = j.score == PROB ? 1 / product : j.score == ABS_PROB ? sum / product : sum / j.t;
+    }
+}
+
+// dz of one row from dp in closed form, sign(z_i) dp/d|z_i|.
+static void hash_backward(const Job& j, const float* z, const float* p, const float* dp,
+                          float* scratch, float* dz) {
+    if (j.score != L1) confidence(z, scratch, j.K * j.t, 2 / j.temperature);
+    for (int64_t k = 0; k < j.K; k++) {
+        const float *v = z + k * j.t, *e = scratch + k * j.t;
+        float* d = dz + k * j.t;
+        float sum = 0, product = 1;
+        if (j.score == ABS_PROB)
+            for (int64_t i = 0; i < j.t; i++) {
+                sum += std::fabs(v[i]);
+                product *= 1 + e[i];
+            }
+        for (int64_t i = 0; i < j.t; i++) {
+            float slope;
+            if (j.score == L1) {
+                slope = dp[k] / j.t;
+            } else {
+                // sigmoid(-2 |z| / temperature) = e / (1 + e)
+                const float s = 2 / j.temperature * e[i] / (1 + e[i]);
+                slope = j.score == PROB ? dp[k] * p[k] * s : dp[k] / product * (1 + sum * s);
+            }
+            d[i] = v[i] >= 0 ? slope : -slope;
+        }
+    }
+}
+
+#pragma GCC pop_options
+
+// y[a..b) = sum over k of p_k T_k[code_k][a..b), computed four tables at a time.
+template <class T>
+static void read_rows(const Job& j, const T* tables, const int32_t* code, const float* p,
+                      float* y, int64_t a, int64_t b) {
+    constexpr int G = 4, LINE = 64 / sizeof(T);
+    const T *now[G], *next[G];
+    float w[G];
+    auto row = [&](int64_t k) { return tables + (k * j.N + code[k]) * j.H; };
+    for (int g = 0; g < G; g++) {
+        next[g] = row(std::min<int64_t>(g, j.K - 1));
+        for (int64_t h = a; h < b; h += LINE) __builtin_prefetch(next[g] + h);
+    }
+    for (int64_t k = 0; k < j.K; k += G) {
+        const int g = (int)std::min<int64_t>(G, j.K - k);
+        for (int i = 0; i < G; i++) {
+            now[i] = next[i];
+            const int64_t at = std::min(k + i, j.K - 1);
+            w[i] = i < g ? (j.row_scale ? p[at] * j.row_scale[at * j.N + code[at]] : p[at]) : 0;
+            next[i] = row(std::min(k + G + i, j.K - 1));
+        }
+        int64_t h = a;
+        for (; h + V <= b; h += V) {
+            if (h % LINE < V)
+                for (int i = 0; i < G; i++) __builtin_prefetch(next[i] + h);
+            fv sum = k > 0 ? load(y + h) : fv{};
+            if (g == G)
+                for (int i = 0; i < G; i++) sum += w[i] * load(now[i] + h);
+            else
+                for (int i = 0; i < g; i++) sum += w[i] * load(now[i] + h);
+            store(y + h, sum);
+        }
+        for (; h < b; h++) {
+            float sum = k > 0 ? y[h] : 0;
+            for (int i = 0; i < g; i++) sum += w[i] * widen(now[i][h]);
+            y[h] = sum;
+        }
+    }
+}
+
+// Copies columns [h, h + W) of table k, widened and scaled, into `tile`. Columns beyond H are 0.
+template <class T, int W>
+static void pack(const Job& j, const T* tables, int64_t k, int64_t h, float* tile) {
+    const int64_t width = std::min<int64_t>(W, j.H - h);
+    for (int64_t n = 0; n < j.N; n++) {
+        const T* from = tables + (k * j.N + n) * j.H + h;
+        const float scale = j.row_scale ? j.row_scale[k * j.N + n] : 1;
+        float* to = tile + n * W;
+        // rows lie too far apart for the hardware prefetcher
+        for (int64_t i = 0; i < W; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + 64 * j.H + i);
+        if (width == W) {
+            for (int64_t i = 0; i < W; i += V) store(to + i, load(from + i) * scale);
+        } else {
+            for (int64_t i = 0; i < W; i++) to[i] = i < width ? widen(from[i]) * scale : 0;
+        }
+    }
+}
+
+// Columns [h, h + W) of y for all rows, G tables at a time.
+template <class T, int W, int G>
+static void read_tiles(const Job& j, const T* tables, const int32_t* code, const float* p,
+                       float* y, int64_t h, float* tiles) {
+    constexpr int R = W / V;
+    const int64_t width = std::min<int64_t>(W, j.H - h);
+    for (int64_t k = 0; k < j.K; k += G) {
+        const int64_t g = std::min<int64_t>(G, j.K - k);
+        for (int64_t i = 0; i < g; i++) pack<T, W>(j, tables, k + i, h, tiles + i * j.N * W);
+        for (int64_t b = 0; b < j.B; b++) {
+            float* out = y + b * j.H + h;
+            const int32_t* c = code + b * j.K + k;
+            const float* w = p + b * j.K + k;
+            fv sum[R] = {};
+            // rows of y lie too far apart for the hardware prefetcher
+            for (int64_t c0 = 0; c0 < W; c0 += 16) __builtin_prefetch(out + 8 * j.H + c0, 1);
+            if (k > 0) {
+                if (width == W)
+                    for (int r = 0; r < R; r++) sum[r] = load(out + r * V);
+                else
+                    std::memcpy(sum, out, width * sizeof(float));
+            }
+            for (int64_t i = 0; i < g; i++) {
+                const float* from = tiles + (i * j.N + c[i]) * W;
+                for (int r = 0; r < R; r++) sum[r] += w[i] * load(from + r * V);
+            }
+            if (width == W)
+                for (int r = 0; r < R; r++) store(out + r * V, sum[r]);
+            else
+                std::memcpy(out, sum, width * sizeof(float));
+        }
+    }
+}
+
+// Prefetches the first cache lines of the table rows that a row of z will read, so that they arrive
+// while its scores are computed.
+template <class T>
+static void announce(const Job& j, const T* tables, const int32_t* code) {
+    for (int64_t k = 0; k < j.K; k++) {
+        const char* row = (const char*)(tables + (k * j.N + code[k]) * j.H);
+        for (int64_t at = 0; at < std::min<int64_t>(256, j.H * sizeof(T)); at += 64)
+            __builtin_prefetch(row + at);
+        if (j.row_scale) __builtin_prefetch(j.row_scale + k * j.N + code[k]);
+    }
+}
+
+template <class T>
+static void forward(const Job& j, const T* tables, int32_t* code, float* p, float* y) {
+    // copying tiles reads every table once, which pays off if the rows would read as much anyway
+    const bool by_row = j.B < 5 * j.N;
+    const int64_t values = std::max<int64_t>(1, j.K * j.t);
+    parallel(j.B, 1 + 16384 / (values + by_row * j.K * j.H), [&](int64_t a, int64_t b) {
+        Scratch e(values + V);
+        for (int64_t i = a; i < b; i++) {
+            const float* z = j.z + i * j.K * j.t;
+            find(j, z, code + i * j.K);
+            if (by_row) announce(j, tables, code + i * j.K);
+            weigh(j, z, e.data, p + i * j.K);
+            if (by_row && j.B > 1) read_rows(j, tables, code + i * j.K, p + i * j.K, y + i * j.H, 0, j.H);
+        }
+    });
+    if (by_row) {
+        if (j.B == 1)
+            parallel((j.H + V - 1) / V, 1 + 65536 / (j.K * V + 1), [&](int64_t a, int64_t b) {
+                read_rows(j, tables, code, p, y, a * V, std::min(b * V, j.H));
+            });
+        return;
+    }
+    constexpr int W = 32, G = 12;
+    // G tables at a time if their tiles fit into half a MiB of cache, otherwise 2
+    const bool many = j.N * W * G * 4 <= 1 << 19;
+    parallel((j.H + W - 1) / W, 1, [&](int64_t a, int64_t b) {
+        Scratch tiles(j.N * W * (many ? G : 2));
+        for (int64_t i = a; i < b; i++) {
+            if (many) read_tiles<T, W, G>(j, tables, code, p, y, i * W, tiles.data);
+            else read_tiles<T, W, 2>(j, tables, code, p, y, i * W, tiles.data);
+        }
+    });
+}
+
+// Columns [a, end) of one table's gradient, and their contribution to dp. One thread owns a table, so
+// there are no races and every sum has one fixed order.
+template <class T, bool NEED_Z, bool NEED_T>
+static void backward_table(const Job& j, const T* tables, const float* dy, const int32_t* code,
+                           const float* p, float* dp, float* dtables, int64_t k, int64_t a,
+                           int64_t end) {
+    for (int64_t b = 0; b < j.B; b++) {
+        const int64_t at = (k * j.N + code[b * j.K + k]) * j.H;
+        const float *g = dy + b * j.H, w = p[b * j.K + k];
+        fv sum = {};
+        float rest = 0;
+        int64_t h = a;
+        for (; h + V <= end; h += V) {
+            const fv v = load(g + h);
+            if (NEED_T) store(dtables + at + h, load(dtables + at + h) + w * v);
+            if (NEED_Z) sum += v * load(tables + at + h);
+        }
+        for (; h < end; h++) {
+            if (NEED_T) dtables[at + h] += w * g[h];
+            if (NEED_Z) rest += g[h] * widen(tables[at + h]);
+        }
+        if (NEED_Z) dp[b * j.K + k] += total(sum) + rest;
+    }
+}
+
+template <class T>
+static void backward(const Job& j, const T* tables, const float* dy, const int32_t* code,
+                     const float* p, float* dz, float* dtables) {
+    const bool need_z = dz != nullptr, need_t = dtables != nullptr;
+    Scratch dp(need_z ? j.B * j.K : 1);
+    if (need_z) std::memset(dp.data, 0, j.B * j.K * sizeof(float));
+    auto run = need_z && need_t ? backward_table<T, true, true>
+               : need_z         ? backward_table<T, true, false>
+                                : backward_table<T, false, true>;
+    parallel(j.K, 1, [&](int64_t first, int64_t last) {
+        if (need_t)
+            std::memset(dtables + first * j.N * j.H, 0, (last - first) * j.N * j.H * sizeof(float));
+        // number of columns of a table that stay in the cache from one row of dy to the next
+        const int64_t block = std::max<int64_t>(64, (1 << 16) / j.N / V * V);
+        for (int64_t k = first; k < last; k++)
+            for (int64_t a = 0; a < j.H; a += block)
+                run(j, tables, dy, code, p, dp.data, dtables, k, a, std::min(a + block, j.H));
+    });
+    if (!need_z) return;
+    parallel(j.B, 1 + 4096 / std::max<int64_t>(1, j.K * j.t), [&](int64_t a, int64_t b) {
+        Scratch e(j.K * j.t + V);
+        for (int64_t i = a; i < b; i++)
+            hash_backward(j, j.z + i * j.K * j.t, p + i * j.K, dp.data + i * j.K, e.data,
+                          dz + i * j.K * j.t);
+    });
+}
+
+}  // namespace EVOMOE_ISA

@@ -1,0 +1,115 @@
+# Runs the recipe of a corpus step by step. recipes/<corpus>/run.sh sources this file after setting RECIPE
+# to its folder, and size, updates, average, experts and search to its defaults.
+
+usage() {
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$RECIPE/run.sh" >&2
+    cat >&2 <<'TEXT'
+options (defaults in parentheses):
+  --model M       dense, evomoe, switch, gshard, base, hash, stable, memoryformer (evomoe)
+  --size S        tiny, small, iwslt, base, big
+  --data DIR      take files from DIR instead of the network: the archives under their published names,
+                  or plain {train,valid,<test set>}.<language>
+  --steps A,B     run only these, out of the steps download extract clean pieces preprocess train average generate score
+  --updates N, --seed N (1), --out DIR (work/<corpus>)
+  --any-lines     do not check the numbers of lines
+  --baseline NAME compare with the model in <out>/NAME by a paired bootstrap
+  --comet         also compute COMET (unbabel-comet must be installed; its model is downloaded)
+  --print         print the training command and stop, for use with torchrun or Slurm
+  -- FLAGS        pass further flags to fairseq-train
+TEXT
+}
+
+. recipes/lib/families.sh
+
+# flags for the architecture and optimisation of each size
+size_flags() {
+    case $1 in
+        tiny) echo --arch transformer_evomoe --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 64 \
+            --encoder-ffn-embed-dim 128 --dropout 0.1 --lr 5e-3 --warmup-updates 100 --max-tokens 2048 ;;
+        small) echo --arch transformer_evomoe --encoder-layers 3 --decoder-layers 3 --encoder-embed-dim 128 \
+            --encoder-ffn-embed-dim 512 --dropout 0.2 --lr 5e-3 --warmup-updates 600 --max-tokens 4096 ;;
+        base) echo --arch transformer_evomoe_wmt_en_de --dropout 0.1 --lr 7e-4 --warmup-updates 4000 \
+            --warmup-init-lr 1e-7 --max-tokens 4096 ;;
+        big) echo --arch transformer_evomoe_wmt_en_de_big --dropout 0.3 --lr 5e-4 --warmup-updates 4000 \
+            --warmup-init-lr 1e-7 --max-tokens 3584 ;;
+        iwslt) echo --arch transformer_evomoe_iwslt_de_en --dropout 0.3 --weight-decay 1e-4 --lr 5e-4 \
+            --warmup-updates 4000 --max-tokens 4096 ;;
+        *) echo "--size $1: choose tiny, small, iwslt, base or big" >&2; return 2 ;;
+    esac
+}
+
+. recipes/lib/options.sh
+data= model=evomoe seed=1 steps= any_lines= baseline= comet= print= out=
+parse_options "model size data steps updates seed out baseline" "any-lines comet print" "$@"
+data=$(folder_from_caller --data "$data") || exit 2
+WORK=$(from_caller "$out")
+WORK=${WORK:-$PWD/work/$(basename "$RECIPE")}
+only=${steps:+,$steps,}
+any_lines=${any_lines:+--any-lines} comet=${comet:+--comet}
+family=$(family_flags "$model") || exit 2
+shape=$(size_flags "$size") || exit 2
+for step in $(echo "$only" | tr , ' '); do
+    case " download extract clean pieces preprocess train average generate score " in
+        *" $step "*) ;;
+        *) usage; echo "--steps: there is no step $step; choose from the list above" >&2; exit 2 ;;
+    esac
+done
+
+extras=plots,langid . recipes/lib/environment.sh
+. recipes/lib/translation.sh
+mkdir -p "$WORK"
+# sets src, tgt, vocab, hold_out, tests, clean_flags and piece_flags
+eval "$(python recipes/steps/corpus.py "$RECIPE/corpus.toml")"
+name=$model-$size-$updates-seed$seed
+every=$((updates / 20 > 0 ? updates / 20 : 1))
+flags=(
+    --task translation_evomoe --source-lang "$src" --target-lang "$tgt" $shape $family
+    --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler inverse_sqrt
+    --max-update "$updates" --seed "$seed" --save-interval-updates "$every" --keep-interval-updates "$average"
+    --no-epoch-checkpoints --log-interval $((every < 25 ? every : 25)) "${rest[@]}"
+)
+if [ -n "$print" ]; then
+    printf '%q ' fairseq-train "$WORK/bin" --user-dir "$USER_DIR" --save-dir "$WORK/$name" \
+        "${TRAINING[@]}" "${flags[@]}"
+    echo
+    exit
+fi
+
+# step NAME RESULT COMMAND...: run COMMAND unless RESULT exists or --steps leaves NAME out
+step() {
+    local which=$1 result=$2
+    shift 2
+    [ -z "$only" ] || [[ $only = *,$which,* ]] || return 0
+    [ -n "$result" ] && [ -e "$result" ] && return 0
+    echo "$which"
+    "$@"
+}
+
+text=$WORK/text
+mirror=()
+[ -n "$data" ] && mirror=(--mirror "$data")
+step download "$text/${tests[-1]}.$tgt" python recipes/steps/download.py "$RECIPE/corpus.toml" --out "$WORK/archives" "${mirror[@]}"
+step extract "$text/${tests[-1]}.$tgt" python recipes/steps/extract.py "$RECIPE/corpus.toml" \
+    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $any_lines
+held_out=("${tests[@]/#/$text/}")
+[ "$hold_out" = 0 ] && held_out+=("$text/valid") || clean_flags+=(--hold-out-every "$hold_out" --valid "$text/valid")
+step clean "$text/clean.$tgt" python recipes/steps/clean.py --source-lang "$src" --target-lang "$tgt" \
+    --train "$text/train" --held-out "${held_out[@]}" --out "$text/clean" "${clean_flags[@]}"
+step pieces "" pieces "$src" "$tgt" "$vocab" "$text/clean" "$text/valid" "${tests[@]/#/$text/}" -- "${piece_flags[@]}"
+step preprocess "" preprocess "$src" "$tgt" "${#tests[@]}"
+step train "$WORK/$name/averaged.pt" train "$name" "${flags[@]}"
+step average "$WORK/$name/averaged.pt" evomoe-average "$WORK/$name" --last "$average" --output "$WORK/$name/averaged.pt"
+for i in "${!tests[@]}"; do
+    subset=test$([ "$i" = 0 ] || echo "$i")
+    step generate "$WORK/$name/$subset.hyp" translate "$name" averaged.pt "$subset" "$src" "$tgt" \
+        --max-len-a 2 --max-len-b 20 $search
+    against=()
+    [ -n "$baseline" ] && against=(--baseline "$WORK/$baseline/$subset.hyp")
+    step score "" python recipes/steps/score.py --name "$name ${tests[$i]}" --source "$text/${tests[$i]}.$src" \
+        --reference "$text/${tests[$i]}.$tgt" --hypothesis "$WORK/$name/$subset.hyp" \
+        --json "$WORK/scores.jsonl" "${against[@]}" $comet
+done
+if [ "$model" != dense ] && [ "$model" != memoryformer ]; then
+    step score "" python recipes/steps/plot_training.py --log "$WORK/$name/train.log" --out "$WORK/$name/evolution.png"
+fi

@@ -1,0 +1,60 @@
+# Functions that the translation recipes share. Source this file after environment.sh. All results are
+# written to $WORK. A model is a folder $WORK/<name>. A step whose result exists is not repeated.
+
+USER_DIR=$ROOT/fairseq_evomoe
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+# torch takes seconds to import, so it is asked only where there is a driver
+CPU=--cpu
+if command -v nvidia-smi >/dev/null; then
+    CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu")')
+fi
+
+# pieces SRC TGT VOCAB TRAIN VALID TEST... [-- flags of pieces.py]: split plain text into $WORK/pieces
+pieces() {
+    local src=$1 tgt=$2 vocab=$3 train=$4 valid=$5 tests=()
+    shift 5
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do tests+=("$1"); shift; done
+    [ "${1-}" = -- ] && shift
+    [ -e "$WORK/pieces/test$((${#tests[@]} - 1)).$tgt" ] && return
+    python "$ROOT/recipes/steps/pieces.py" --out "$WORK/pieces" --source-lang "$src" --target-lang "$tgt" \
+        --vocab "$vocab" --train "$train" --valid "$valid" --test "${tests[@]}" "$@"
+}
+
+# preprocess SRC TGT N: binarise $WORK/pieces, which has N test sets, into $WORK/bin
+preprocess() {
+    local src=$1 tgt=$2 tests= i
+    [ -e "$WORK/bin/preprocess.done" ] && return
+    for i in $(seq 0 $(($3 - 1))); do tests=$tests,$WORK/pieces/test$i; done
+    rm -rf "$WORK/bin"
+    fairseq-preprocess --source-lang "$src" --target-lang "$tgt" --joined-dictionary --workers "$(nproc)" \
+        --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" --testpref "${tests#,}" \
+        --destdir "$WORK/bin" >"$WORK/preprocess.log" 2>&1 || { tail -n 20 "$WORK/preprocess.log" >&2; return 1; }
+    touch "$WORK/bin/preprocess.done"
+}
+
+# flags of every training run, which --print also shows
+TRAINING=(--share-all-embeddings --required-batch-size-multiple 1 --log-format json)
+
+# train NAME [flags]: write $WORK/NAME/checkpoint_last.pt and $WORK/NAME/train.log
+train() {
+    local name=$1
+    shift
+    mkdir -p "$WORK/$name"
+    fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
+        --num-workers 0 "${TRAINING[@]}" "$@" >>"$WORK/$name/train.log" 2>&1 ||
+        { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
+}
+
+# translate NAME CHECKPOINT SUBSET SRC TGT [flags]: write $WORK/NAME/SUBSET.hyp in the order of the test set
+translate() {
+    local name=$1 checkpoint=$2 subset=$3 src=$4 tgt=$5
+    shift 5
+    local out=$WORK/$name/$subset
+    # a multiple of 1 keeps every sentence; with the default of 8, fairseq drops the last n mod 8
+    fairseq-generate "$WORK/bin" --user-dir "$USER_DIR" $CPU --source-lang "$src" --target-lang "$tgt" \
+        --path "$WORK/$name/$checkpoint" --gen-subset "$subset" --remove-bpe sentencepiece \
+        --required-batch-size-multiple 1 --num-workers 0 "$@" >"$out.gen" 2>"$out.err" ||
+        { tail -n 20 "$out.err" >&2; return 1; }
+    grep '^H-' "$out.gen" | cut -c3- | sort -n | cut -f3 >"$out.hyp.partial"
+    mv "$out.hyp.partial" "$out.hyp"
+}

@@ -1,0 +1,175 @@
+"""modules/memory_layer.py: the layer, its initial scale, the FFN and attention against formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_evomoe.kernels.lookup import reference
+from fairseq_evomoe.memory.attention import MemoryAttention
+from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.layer import MemoryFFN, MemoryLayer
+from fairseq_evomoe.memory.official import load_official
+
+D = 24
+
+
+def flags(**changes):
+    return MemoryConfig(**{"memory_bits": 4, "memory_lr_scale": 1.0, **changes}).check()
+
+
+@pytest.mark.parametrize("width", [24, 22, 3])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_layer(width, scale):
+    """The layer looks up slices of 4 values, zero-padded if 4 does not divide the width, in scaled
+    tables and adds a bias."""
+    made = MemoryLayer(width, 10, flags(memory_lr_scale=scale))
+    nn.init.normal_(made.bias)
+    x = torch.randn(5, 2, width)
+    full = torch.zeros(10, math.ceil(width / 4) * 4)
+    full[:, :width] = x.view(10, width)
+    want = reference.lookup(full.view(10, -1, 4), made.tables * scale, score="prob") + made.bias
+    assert torch.allclose(made(x), want.view(5, 2, 10), atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["prob", "abs_prob", "l1"])
+@pytest.mark.parametrize("bits", [4, 8, 10])
+def test_initial_output_has_the_scale_of_a_linear_layer(score, bits):
+    """Standard normal inputs give outputs of nn.Linear's standard deviation, 1 / sqrt(3)."""
+    width = 40 * bits
+    made = MemoryLayer(width, 64, flags(memory_score=score, memory_bits=bits, memory_delta=0))
+    x = torch.randn(200, width)
+    linear = nn.Linear(width, 64, bias=False)
+    with torch.no_grad():
+        assert made(x).std().item() == pytest.approx(linear(x).std().item(), rel=0.1)
+
+
+def test_learning_rate_of_the_tables():
+    """With --memory-lr-scale s, one Adam step moves the scaled tables s times as far."""
+    moved = []
+    for scale in (1.0, 3.0):
+        torch.manual_seed(1)
+        made = MemoryLayer(D, 8, flags(memory_lr_scale=scale))
+        before = (made.tables * scale).detach().clone()
+        optimizer = torch.optim.Adam(made.parameters(), lr=0.01)
+        made(torch.randn(64, D)).square().sum().backward()
+        optimizer.step()
+        change = (made.tables * scale - before).abs()
+        moved.append((before, change[change > 0].median().item()))
+    assert torch.allclose(moved[0][0], moved[1][0], atol=1e-6), "the same tables at first"
+    assert moved[1][1] == pytest.approx(3 * moved[0][1], rel=0.01)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("delta", [0, 2])
+def test_ffn(norm, delta):
+    """The FFN is two look-ups with a norm between them, of widths (t + delta) K and D, with 2^t and
+    2^(t + delta) rows."""
+    made = MemoryFFN(D, flags(memory_norm=norm, memory_delta=delta))
+    tables = D // 4
+    assert made.first.tables.shape == (tables, 16, (4 + delta) * tables)
+    assert made.second.tables.shape == (tables, 2 ** (4 + delta), D)
+    x = torch.randn(7, D)
+    h = made.first(x)
+    if norm == "layer":
+        h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    else:
+        h = h / (h.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    assert torch.allclose(made(x), made.second(h), atol=1e-4)
+
+
+def attend(q, k, v, heads):
+    """Softmax attention over (L, B, D) without masks, head after head."""
+    out = torch.zeros_like(q)
+    size = q.size(-1) // heads
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        a, b, c = (t[..., part].transpose(0, 1) for t in (q, k, v))
+        out[..., part] = (torch.softmax(a @ b.mT / size**0.5, -1) @ c).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("out", ["none", "dense", "memory"])
+def test_self_attention(out):
+    """Queries, keys and values are thirds of one look-up."""
+    made = MemoryAttention(D, 3, self_attention=True, cfg=flags(memory_out_proj=out))
+    x = torch.randn(6, 2, D)
+    q, k, v = made.qkv(x).chunk(3, -1)
+    want = attend(q, k, v, 3)
+    if out == "dense":
+        want = made.out(want)
+    elif out == "memory":
+        want = made.out(made.out_norm(want))
+    have, _ = made(x, x, x)
+    assert torch.allclose(have, want, atol=1e-5)
+    have.sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+    assert not any("_proj" in n for n, _ in made.named_parameters()), "no linear map is left over"
+
+
+def test_attention_over_an_encoder():
+    """An encoder output of another width is hashed once, for keys and values together."""
+    made = MemoryAttention(D, 3, kdim=16, vdim=16, encoder_decoder_attention=True, cfg=flags())
+    x, encoded = torch.randn(4, 2, D), torch.randn(6, 2, 16)
+    k, v = made.kv(encoded).chunk(2, -1)
+    have, _ = made(x, encoded, encoded, static_kv=True)
+    q = made.q(x)
+    out = torch.zeros_like(q)
+    for h in range(3):
+        part = slice(8 * h, 8 * h + 8)
+        a, b, c = (t[..., part].transpose(0, 1) for t in (q, k, v))
+        out[..., part] = (torch.softmax(a @ b.mT / 8**0.5, -1) @ c).transpose(0, 1)
+    assert torch.allclose(have, out, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [
+        ({"memory_layers": "0,x"}, "--memory-layers 0,x"),
+        ({"memory_bits": 0}, "--memory-bits 0"),
+        ({"memory_bits": 12, "memory_delta": 5}, "--memory-delta 5"),
+        ({"memory_score": "cosine"}, "--memory-score cosine"),
+        ({"memory_norm": "batch"}, "--memory-norm batch"),
+        ({"memory_out_proj": "big"}, "--memory-out-proj big"),
+        ({"memory_temperature": 0.0}, "--memory-temperature 0.0"),
+        ({"memory_lr_scale": -1.0}, "--memory-lr-scale -1.0"),
+    ],
+    ids=str,
+)
+def test_bad_flags_name_themselves(change, flag):
+    """Each impossible value is refused with the flag's name in the message."""
+    with pytest.raises(ValueError, match=flag):
+        flags(**change)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_official_weights(flat):
+    """Official tables, numbered with the first value as the highest bit and scored by S p, give the
+    same outputs."""
+    made = MemoryLayer(D, 5, flags(memory_score="abs_prob", memory_lr_scale=3.0))
+    tables, bias = torch.randn(6, 16, 5), torch.randn(5)
+    load_official(made, tables.view(-1, 5) if flat else tables, bias)
+    x = torch.randn(20, D)
+    want = []
+    for row in x.tolist():
+        y = bias.clone()
+        for k in range(6):
+            z = row[4 * k : 4 * k + 4]
+            code = sum((v >= 0) << (3 - i) for i, v in enumerate(z))
+            p = math.prod(1 / (1 + math.exp(-2 * abs(v))) for v in z)
+            y = y + sum(map(abs, z)) * p * tables[k, code]
+        want.append(y)
+    assert torch.allclose(made(x), torch.stack(want), atol=1e-4)
+
+
+def test_official_weights_that_do_not_fit():
+    with pytest.raises(ValueError, match="--memory-score prob"):
+        load_official(MemoryLayer(D, 5, flags()), torch.zeros(6, 16, 5))
+    with pytest.raises(ValueError, match="--memory-bits"):
+        load_official(MemoryLayer(D, 5, flags(memory_score="abs_prob")), torch.zeros(6, 32, 5))
+
+
+def test_which_layers():
+    assert [flags(memory_layers="0, 2").covers(i) for i in range(3)] == [True, False, True]
+    assert flags().covers(7)

@@ -20,7 +20,7 @@ from fairseq_evomoe.criterions.table_metrics import count_rows, log_rows
 from fairseq_evomoe.memory.usage import counting_rows
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.records import LOSSES, RoutingLog, RoutingRecord, recording
-from fairseq_evomoe.options import option
+from fairseq_evomoe.options import option, values_of
 from fairseq_evomoe.schedule import Stage
 
 
@@ -71,8 +71,11 @@ class RoutingLosses:
             if not value >= 0:
                 raise ValueError(f"{flag} {value}: a loss weight must be >= 0")
         method = str(cfg.moe_gate_loss_combine_method)
-        if method not in ("sum", "average"):
-            raise ValueError(f"--moe-gate-loss-combine-method {method!r}: choose sum or average")
+        methods = values_of(LayerLosses)
+        if method not in methods:
+            raise ValueError(
+                f"--moe-gate-loss-combine-method {method!r}: choose {' or '.join(methods)}"
+            )
         self.weights = [weights[name][1] for name in LOSSES]
         self.average = method == "average"
 
@@ -160,11 +163,11 @@ def _one_record(
 def refuse_compiled(model: nn.Module, layers: Sequence[EvoMoELayer], log: RoutingLog) -> None:
     """Raise an error if layers left no record because torch.compile runs them."""
     silent = [layer.name for layer in layers if not log.of(layer.name)]
-    compiled = any(
+    # the modules are looked through only where LayerDrop or a compiler has left a gap
+    if silent and any(
         isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
         for m in model.modules()
-    )
-    if silent and compiled:
+    ):
         raise RuntimeError(
             "torch.compile: routing losses and metrics do not pass through a compiled MoE layer "
             f"({', '.join(silent)}); compile for inference, or train with a criterion of fairseq's "

@@ -144,14 +144,14 @@ def compat_page() -> str:
     """Return docs/compat.md."""
     lines = ["# What is patched in fairseq", ""]
     lines += ["`python docs/make_pages.py --write` generates this page from the code in"]
-    lines += ["`fairseq_evomoe/compat/`. Importing the package replaces these functions of fairseq"]
     lines += [
-        "0.12.3.1, each for the reason given. Where its reason is absent, a patch is not applied."
+        "`fairseq_evomoe/compat/`. Importing the package replaces these functions of fairseq, each"
     ]
-    lines += [""]
-    lines += ["| what is replaced | why | test |", "| --- | --- | --- |"]
+    lines += ["for the reason given. Where its reason is absent, a patch is not applied.", ""]
+    lines += ["| what is replaced | why | seen in fairseq | test |", "| --- | --- | --- | --- |"]
     for each in PATCHES:
-        lines.append(f"| `{each.target}` | {each.reason} | [{each.test}](../{each.test}) |")
+        test = f"[{each.test}](../{each.test})"
+        lines.append(f"| `{each.target}` | {each.reason} | {each.seen_in} | {test} |")
     return "\n".join([*lines, ""])
 
 

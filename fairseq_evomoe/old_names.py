@@ -6,7 +6,7 @@ goes away in version 0.3.0, except for `upgrade_flags`.
 """
 
 import logging
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -83,6 +83,16 @@ def upgrade_values(flags: Any, *, warn: bool = False) -> None:
                     flag_of(name),
                 )
             _set(flags, name, BEYOND_ANY_TRAINING)
+    capacity = _get(flags, "moe_capacity_factor")
+    if _get(flags, "moe_gate") == "expert_choice" and capacity is not None:
+        if warn:
+            logger.warning(
+                "--moe-capacity-factor %s: with --moe-gate expert_choice this flag of version "
+                "0.1.0 is --moe-choice-experts today",
+                capacity,
+            )
+        _set(flags, "moe_choice_experts", capacity)
+        _set(flags, "moe_capacity_factor", None)
 
 
 def upgrade_flags(flags: Any) -> None:
@@ -94,10 +104,14 @@ def upgrade_flags(flags: Any) -> None:
         if value is not None:
             _set(flags, NEW_NAMES[name], value)
             _delete(flags, name)
-    if _get(flags, "moe_gate") == "expert_choice" and _get(flags, "moe_choice_experts") is None:
-        _set(flags, "moe_choice_experts", _get(flags, "moe_capacity_factor") or 1.0)
-        _set(flags, "moe_capacity_factor", None)
     upgrade_values(flags)
+
+
+def upgrade_checkpoint(state: Mapping[str, Any]) -> None:
+    """Bring all flags in a checkpoint of version 0.1.0 up to date, in place."""
+    cfg = state.get("cfg") or {}
+    for part in ("model", "task", "criterion"):
+        upgrade_flags(cfg.get(part))
 
 
 def _get(flags: Any, name: str) -> Any:

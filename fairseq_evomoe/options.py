@@ -17,6 +17,11 @@ def option(default: Any, help: str, *, old_name: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "argparse_alias": old_name})
 
 
+def values_of(choices: Any) -> list[str]:
+    """The values of a class of choices, such as `Diversify`, as plain strings."""
+    return [choice.value for choice in choices]
+
+
 @dataclass
 class Flags(FairseqDataclass):
     """Base class for flags that can be read from any configuration that fairseq passes."""
@@ -49,7 +54,7 @@ class Flags(FairseqDataclass):
 
         The command line refuses such a value itself; this is for configurations made in Python.
         """
-        names = [c.value for c in choices]
+        names = values_of(choices)
         self.need(self.given(flag) in names, flag, f"choose one of {', '.join(names)}")
 
 

@@ -155,11 +155,9 @@ def _call_script(script, command, cwd, env, output):
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     status = 1
     try:
-        main = script.load()
         # fairseq's commands configure logging when they are imported
-        importlib.reload(sys.modules[script.module])
-        main = getattr(sys.modules[script.module], main.__name__)
-        status = main() or 0
+        importlib.reload(importlib.import_module(script.module))
+        status = script.load()() or 0
     except SystemExit as end:
         status = end.code
         if isinstance(status, str):

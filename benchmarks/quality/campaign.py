@@ -19,10 +19,8 @@ import csv
 import json
 import lzma
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +28,12 @@ from pathlib import Path
 import sentencepiece as spm
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.quality.tasks import BALANCED, BIN, USER_DIR, run
 from benchmarks.speed.timing import append, machine
 
-BIN = Path(sys.executable).parent
 VOCABULARY = 4000
 VALIDATIONS = 8
 
-BALANCED = ("--moe-gate-loss-wt", "0.01")
 PLAIN = ("--moe-gate-token-bias", "0")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
@@ -70,19 +67,6 @@ FIELDS = (
     *("train_seconds", "threads", "device", "torch", "date"),
 )
 CURVE = (*KEY, "at", "valid_bits")
-
-
-def run(command: list[object], log: Path) -> None:
-    """Run a command on one thread, its output appended to `log`."""
-    with log.open("a") as out:
-        code = subprocess.call(
-            [str(c) for c in command],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if code:
-        sys.exit(f"{command[0]} exited {code}; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -122,12 +106,10 @@ def prepare(data: Path, out: Path) -> None:
     valid = write("valid", [data / d / "valid.txt.xz" for d in domains])
     apart = [write(f"valid.{d}", [data / d / "valid.txt.xz"]) for d in domains]
     run(
-        [
-            *(BIN / "fairseq-preprocess", "--only-source", "--destdir", out / "bin"),
-            *("--trainpref", train, "--validpref", ",".join(map(str, [valid, *apart]))),
-            *("--workers", 2),
-        ],
-        out / "preprocess.log",
+        *(BIN / "fairseq-preprocess", "--only-source", "--destdir", out / "bin"),
+        *("--trainpref", train, "--validpref", ",".join(map(str, [valid, *apart]))),
+        *("--workers", 2),
+        out=out / "preprocess.log",
     )
     (out / "domains.json").write_text(json.dumps(domains))
 
@@ -154,17 +136,16 @@ def train(method: str, rate: str, seed: int, updates: int, args: argparse.Namesp
     work.mkdir(parents=True, exist_ok=True)
     log, every = work / "train.log", max(1, updates // VALIDATIONS)
     run(
-        [
-            *(BIN / "fairseq-train", args.out / "data/bin"),
-            *("--user-dir", ROOT / "fairseq_evomoe", *MODEL, *METHODS[method]),
-            *("--lr", rate, "--seed", seed, "--max-update", updates, "--save-dir", work),
-            *("--no-epoch-checkpoints", "--save-interval-updates", every),
-            *("--keep-interval-updates", 1, "--validate-interval-updates", every),
-            # the texts of single domains are for evaluation after the training
-            "--ignore-unused-valid-subsets",
-            *("--cpu", "--num-workers", 0, "--log-format", "json", "--log-interval", 20),
-        ],
-        log,
+        *(BIN / "fairseq-train", args.out / "data/bin"),
+        *("--user-dir", USER_DIR, *MODEL, *METHODS[method]),
+        *("--lr", rate, "--seed", seed, "--max-update", updates, "--save-dir", work),
+        *("--no-epoch-checkpoints", "--save-interval-updates", every),
+        *("--keep-interval-updates", 1, "--validate-interval-updates", every),
+        # the texts of single domains are for evaluation after the training
+        "--ignore-unused-valid-subsets",
+        *("--cpu", "--num-workers", 0, "--log-format", "json", "--log-interval", 20),
+        out=log,
+        append=True,
     )
     text = log.read_text()
     valid, trained = logged(text, "valid"), logged(text, "train_inner")
@@ -221,9 +202,10 @@ def table(args: argparse.Namespace) -> None:
     print("| updates | method | peak rate | seeds | valid bits | standard error |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (updates, method, rate), bits in sorted(groups.items()):
-        error = statistics.stdev(bits) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+        # one run has no spread
+        error = f"{statistics.stdev(bits) / math.sqrt(len(bits)):.3f}" if len(bits) > 1 else ""
         mean = statistics.mean(bits)
-        print(f"| {updates} | {method} | {rate} | {len(bits)} | {mean:.3f} | {error:.3f} |")
+        print(f"| {updates} | {method} | {rate} | {len(bits)} | {mean:.3f} | {error} |")
 
 
 def main() -> None:

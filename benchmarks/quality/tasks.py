@@ -121,8 +121,9 @@ TASKS["multi30k"] |= {"flags": ("-s", "en", "-t", "de", *CAPTIONS)}
 TASKS["multi30k_de"] = TASKS["multi30k"] | {"flags": ("-s", "de", "-t", "en", *CAPTIONS)}
 
 
-def run(*command: str | Path, out: Path) -> None:
-    with out.open("w") as log:
+def run(*command: object, out: Path, append: bool = False) -> None:
+    """Run a command on one thread, its output in `out`; if it fails, end with its last lines."""
+    with out.open("a" if append else "w") as log:
         code = subprocess.call(
             [str(c) for c in command],
             stdout=log,

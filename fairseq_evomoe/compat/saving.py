@@ -16,7 +16,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models.ema import ema
 
 from fairseq_evomoe.compat.patching import patch
-from fairseq_evomoe.old_names import upgrade_flags
+from fairseq_evomoe.old_names import upgrade_checkpoint
 from fairseq_evomoe.parallel import sharded_files
 
 
@@ -103,9 +103,7 @@ def read_old_flags(original: Any) -> Any:
 
     def load_checkpoint_to_cpu(*args: Any, **kwargs: Any) -> Any:
         state = original(*args, **kwargs)
-        cfg = state.get("cfg") or {}
-        for part in ("model", "task", "criterion"):
-            upgrade_flags(cfg.get(part))
+        upgrade_checkpoint(state)
         return state
 
     return load_checkpoint_to_cpu

@@ -46,8 +46,8 @@ def build_ffn(
     *,
     dense: DenseFFN,
     dictionary: Any = None,
-) -> nn.Module | None:
-    """Build what replaces the FFN of layer `index` of `side`, or return None to leave it dense.
+) -> nn.Module:
+    """Build what replaces the FFN of layer `index` of `side`, where `replaces_ffn` says so.
 
     Args:
         side: "encoder" or "decoder".
@@ -63,9 +63,7 @@ def build_ffn(
             causal=side == "decoder",
             dictionary=dictionary,
         )
-    if memory.memory_ffn and memory.covers(index):
-        return MemoryFFN(dense.fc1.in_features, memory, dropout=dense.dropout)
-    return None
+    return MemoryFFN(dense.fc1.in_features, memory, dropout=dense.dropout)
 
 
 def build_moe_layer(

@@ -83,7 +83,6 @@ class _ReplacedFFN(_Numbered):
             dropout=self.activation_dropout_module.p,
         )
         ffn = build_ffn(cfg.moe, cfg.memory, self.side, index, dense=dense, dictionary=dictionary)
-        assert ffn is not None, "this class is for layers whose FFN is replaced"
         self.routes = isinstance(ffn, EvoMoELayer)
         self.add_module("moe_layer" if self.routes else "memory_ffn", ffn)
         self.activation_fn = identity

@@ -55,14 +55,14 @@ class EvoMoELayer(nn.Module):
             tokens: the tokens behind the states; None means that all of them are real.
         """
         self._check_scheduled()
-        about: dict[str, Any]
-        phase, about = self.timeline.phase, {"gate": self.gate, "name": self.name}
+        phase = self.timeline.phase
+        about: dict[str, Any] = {"gate": self.gate, "phase": phase, "name": self.name}
         if phase.stage == Stage.DIVERSIFY:
-            return account_base(self.experts.run_base(x), tokens, phase=phase, **about)
+            return account_base(self.experts.run_base(x), tokens, **about)
         states, rows = real_rows(x, tokens)
         plan = self.gate(states, phase, tokens)
         y = self.experts(states, plan.routing).to(x.dtype)
-        y = account_plan(y, plan, phase=phase, **about)
+        y = account_plan(y, plan, **about)
         return put_back(y, x, rows)
 
     def _check_scheduled(self) -> None:

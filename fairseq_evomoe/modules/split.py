@@ -5,14 +5,13 @@ Letters: D model width, F hidden width, E experts.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_evomoe.modules.experts import Bank, Part
-from fairseq_evomoe.options import Diversify
+from fairseq_evomoe.options import Diversify, values_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class SplitRule:
             ValueError: a flag is out of range; the message names it and the fix.
         """
         mode = str(cfg.evo_diversify)
-        modes = [m.value for m in cast(type[Enum], Diversify)]
+        modes = values_of(Diversify)
         if mode not in modes:
             raise ValueError(f"--evo-diversify {mode!r}: choose one of {', '.join(modes)}")
         if not 0 <= cfg.evo_diversify_ratio <= 1:

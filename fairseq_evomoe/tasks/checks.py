@@ -1,16 +1,14 @@
 """What the flags of a task mean for a model, and which of them cannot work together."""
 
 import logging
-from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 
 from fairseq_evomoe.config import EvolutionConfig, MoEConfig
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.split import SplitRule
-from fairseq_evomoe.old_names import upgrade_values
-from fairseq_evomoe.options import ExpertSave
+from fairseq_evomoe.options import ExpertSave, values_of
 from fairseq_evomoe.parallel.mesh import Mesh, group_size, make_mesh
 from fairseq_evomoe.schedule import EvolutionSchedule
 
@@ -23,7 +21,6 @@ def schedule_of(flags: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
     Raises:
         ValueError: a flag is out of range; the message names it and the fix.
     """
-    upgrade_values(flags, warn=True)
     if flags.ddp_backend == "fully_sharded":
         raise ValueError(
             "--ddp-backend fully_sharded: experts cannot split while each worker holds a shard of "
@@ -59,7 +56,6 @@ def expert_mesh(flags: EvolutionConfig, model: Any) -> Mesh | None:
     Raises:
         ValueError: another flag is given that expert parallelism cannot serve.
     """
-    upgrade_values(flags, warn=True)
     size = flags.expert_parallel_size
     if not flags.expert_parallel:
         if size is not None:
@@ -80,7 +76,7 @@ def expert_mesh(flags: EvolutionConfig, model: Any) -> Mesh | None:
 
 
 def _refuse_with_expert_parallel(flags: EvolutionConfig, model: Any) -> None:
-    saves = [s.value for s in cast(type[Enum], ExpertSave)]
+    saves = values_of(ExpertSave)
     if flags.expert_parallel_save not in saves:
         raise ValueError(
             f"--expert-parallel-save {flags.expert_parallel_save}: choose {' or '.join(saves)}"

@@ -15,6 +15,7 @@ from fairseq_evomoe.kernels.pages import keep_freed_memory
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.records import RoutingLog, recording
+from fairseq_evomoe.old_names import upgrade_values
 from fairseq_evomoe.parallel import checkpoints
 from fairseq_evomoe.parallel.mesh import distributing
 from fairseq_evomoe.schedule import Stage
@@ -42,6 +43,8 @@ class EvolutionMixin:
         return self.args if getattr(self, "cfg", None) is None else self.cfg
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        if not from_checkpoint:
+            upgrade_values(self.flags, warn=True)
         with distributing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
             model = super().build_model(cfg, from_checkpoint)
         layers = [layer for _, layer in moe_layers(model)]

@@ -19,7 +19,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 
 from fairseq_evomoe import compat
-from fairseq_evomoe.old_names import upgrade_flags
+from fairseq_evomoe.old_names import upgrade_checkpoint
 from fairseq_evomoe.options import Flags
 from fairseq_evomoe.parallel import sharded_files
 
@@ -51,7 +51,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of fairseq because it holds no model")
     if isinstance(state.get("cfg"), dict):
-        upgrade_flags(state["cfg"].get("model"))
+        upgrade_checkpoint(state)
     return sharded_files.resolve(state, path.parent, whole=True)
 
 

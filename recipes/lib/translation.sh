@@ -3,11 +3,7 @@
 
 USER_DIR=$ROOT/fairseq_evomoe
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-# torch takes seconds to import, so it is asked only where there is a driver
-CPU=--cpu
-if command -v nvidia-smi >/dev/null; then
-    CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu")')
-fi
+CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu")')
 
 # pieces SRC TGT VOCAB TRAIN VALID TEST... [-- flags of pieces.py]: split plain text into $WORK/pieces
 pieces() {

@@ -136,6 +136,21 @@ def test_two_forward_passes_before_one_backward(toy, memory):
     assert (got - want).norm() < 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("flags", [(), ("--checkpoint-activations",)], ids=str)
+def test_routing_losses_reach_the_gates_of_a_model(toy, flags):
+    """Through fairseq's layers, a gate's gradient is the task's plus weight times its losses'."""
+    found = {}
+    for weight in (0, 1, 3):
+        cfg, task, model = build(toy, *QUIET, *flags, "--moe-gate-loss-wt", weight)
+        loss, _, _ = task.build_criterion(cfg.criterion)(model.train(), valid_batch(task))
+        loss.backward()
+        found[weight] = [layer.gate.weight.grad.double() for _, layer in moe_layers(model)]
+    for task_alone, once, thrice in zip(*found.values(), strict=True):
+        share = once - task_alone
+        assert share.norm() > 1e-3 * task_alone.norm()
+        assert torch.allclose(thrice - task_alone, 3 * share, rtol=1e-3, atol=1e-4 * share.norm())
+
+
 def test_two_criterion_calls_before_one_backward():
     """Each call's routing losses keep the weight of that call's sample size."""
     layer, (x, y) = switch_layer(), torch.randn(2, 7, 2, 8)

@@ -20,8 +20,8 @@ class ExpertChoiceGate(ScoreGate):
     """Each expert takes the C = round(c n / E) tokens that score highest, at least 1.
 
     The scores are p = softmax of z over the experts (arXiv 2202.09368, section 3.2), and the
-    combine weight is p_te. c = `--moe-choice-experts` (1 if the flag is 0) is the mean number of
-    experts per token; a token may get none or all of them. In the paper n is the number of tokens
+    combine weight is p_te. c = `--moe-choice-experts` is the mean number of experts
+    per token; a token may get none or all of them. In the paper n is the number of tokens
     in the batch (`--moe-choice-group batch`). By default it is that of the sentence, so that a
     sentence does not depend on its neighbours. Either way a token's experts depend on later tokens,
     so the gate is refused in decoders. The load is even by construction, so no balance loss is

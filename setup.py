@@ -56,13 +56,17 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
     ],
     extras_require={
-        "dev": ["build", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors"],
+        "dev": [
+            *("build", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors"),
+            "zstandard",
+        ],
         "docs": ["furo", "myst-parser", "sphinx"],
         "export": ["safetensors"],
         "hub": ["datasets"],
         "langid": ["py3langid"],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
+        "zstd": ["zstandard"],
     },
     entry_points={
         "console_scripts": [

@@ -4,9 +4,12 @@
 both leave in `results/` into tables and plots of the documentation.
 """
 
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
+# the steps of the recipes are scripts, which import each other by their plain names
+sys.path.append(str(ROOT / "recipes/steps"))
 RESULTS = ROOT / "benchmarks/results"
 """The rows of all benchmarks, as csv files."""

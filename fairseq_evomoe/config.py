@@ -313,6 +313,7 @@ class EvolutionConfig(SplitConfig, ParallelConfig):
     zero_sharding: str = II("distributed_training.zero_sharding")
     write_checkpoints_asynchronously: bool = II("checkpoint.write_checkpoints_asynchronously")
     use_bmuf: bool = II("optimization.use_bmuf")
+    cpu: bool = II("common.cpu")
     amp: bool = II("common.amp")
     fp16: bool = II("common.fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")

@@ -1,6 +1,8 @@
 """compat/: each patch of fairseq fixes its fault and changes nothing else."""
 
 import argparse
+import gc
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -12,8 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 from fairseq import options
-from fairseq.data import data_utils, iterators
+from fairseq.data import data_utils, indexed_dataset, iterators
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
+from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
+from fairseq.modules.adaptive_softmax import AdaptiveSoftmax
 
 from fairseq_evomoe import compat
 from fairseq_evomoe.compat.patching import PATCHES
@@ -115,3 +120,57 @@ def test_every_patch_gives_its_reason_and_its_test(each):
     assert each.reason.endswith(".") and len(each.reason.split()) > 4
     assert (ROOT / each.test).is_file()
     assert each.seen_in == version("fairseq-fixed")
+
+
+BYTES = "▁hi ▁ <0xF0> <0x9F> <0x98> <0x80> s"
+
+
+def test_byte_pieces_become_characters():
+    """--remove-bpe and models from the hub spell bytes; all else is put together as before."""
+    assert data_utils.post_process(BYTES, "sentencepiece") == "hi 😀s"
+    assert SentencepieceBPE.decode(None, BYTES) == "hi 😀s"
+    assert data_utils.post_process("▁a <0xF0> ▁b", "sentencepiece") == "a\ufffd b"
+    assert data_utils.post_process("▁a <0x 41> <0x41>", "sentencepiece") == "a<0x41>A"
+    assert data_utils.post_process("▁the ▁d og", "sentencepiece") == "the dog"
+    assert data_utils.post_process("d@@ og <0x41>", "subword_nmt") == "dog <0x41>"
+    assert data_utils.post_process("a b", None) == "a b"
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_adaptive_softmax_has_gradients(with_target):
+    """The values are fairseq's, and the gradients those of float64 differences."""
+    torch.manual_seed(3)
+    module = AdaptiveSoftmax(11, 6, [4, 8], dropout=0.0).double().eval()
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[0, 3, 5], [1, 9, 10]]) if with_target else None
+    original = AdaptiveSoftmax.get_log_prob.__wrapped__
+    found = module.get_log_prob(x, target)
+    with torch.no_grad():
+        assert torch.equal(found, original(module, x, target))
+    columns = slice(None) if target is None else slice(0, 4)
+    assert torch.autograd.gradcheck(lambda x: module.get_log_prob(x, target)[..., columns], x)
+
+
+def test_an_empty_data_set_is_named(tmp_path, capsys):
+    """The message names the file; nothing about attributes of fairseq follows."""
+    path = str(tmp_path / "train")
+    builder = indexed_dataset.MMapIndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
+    builder.finalize(f"{path}.idx")
+    with pytest.raises(ValueError, match=r"train.bin is empty: the text that fairseq-preprocess"):
+        indexed_dataset.MMapIndexedDataset(path)
+    gc.collect()
+    assert "_bin_buffer_mmap" not in capsys.readouterr().err
+
+
+def test_asynchronous_checkpoints_without_their_package(monkeypatch):
+    """fairseq would end with exit code 0 without having trained."""
+    cfg = argparse.Namespace(
+        checkpoint=argparse.Namespace(write_checkpoints_asynchronously=True),
+        distributed_training=argparse.Namespace(),
+    )
+    monkeypatch.setitem(sys.modules, "iopath", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit, match="--write-checkpoints-asynchronously .* pip install iopath"
+    ):
+        distributed_utils.call_main(cfg, lambda cfg: None)

@@ -17,7 +17,6 @@ bits per piece on the validation text of all domains.
 import argparse
 import csv
 import json
-import lzma
 import math
 import re
 import statistics
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece as spm
+import text_files
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.quality.tasks import BALANCED, BIN, USER_DIR, run
@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""
 
-RATES = ("3e-3", "6e-3", "9e-3", "12e-3")
+RATES = ("1.5e-3", "3e-3", "4.5e-3", "6e-3")
 STAGES = {"rates": (1333, (1,)), "main": (4000, (1, 2, 3)), "long": (12000, (1, 2, 3))}
 """Stage -> number of updates, seeds. `rates` tries all of `RATES`, the others the best of them."""
 
@@ -71,10 +71,9 @@ CURVE = (*KEY, "at", "valid_bits")
 
 def lines_of(path: Path) -> Iterator[str]:
     """The paragraphs of a compressed text, without the blank lines between documents."""
-    with lzma.open(path, "rt", encoding="utf-8", newline="\n") as text:
-        for line in text:
-            if words := line.split():
-                yield " ".join(words)
+    for line in text_files.lines(path, "--data"):
+        if words := line.split():
+            yield " ".join(words)
 
 
 def prepare(data: Path, out: Path) -> None:

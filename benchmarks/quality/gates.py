@@ -26,6 +26,7 @@ from pathlib import Path
 from threading import Lock
 
 import sacrebleu
+import text_files
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.quality.tasks import (
@@ -151,7 +152,8 @@ def one(task: str, gate: str, label: str, seed: int, args, extra: list[str], fol
             "--remove-bpe", "sentencepiece", "--required-batch-size-multiple", "1",
             out=work / "test.gen",
         )  # fmt: skip
-        found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", (work / "test.gen").read_text(), re.MULTILINE)
+        lines = text_files.lines(work / "test.gen")
+        found = [m.groups() for m in (re.match(r"H-(\d+)\t\S+\t(.*)", x) for x in lines) if m]
         hypotheses = [h for _, h in sorted(found, key=lambda x: int(x[0]))]
         (work / "test.hyp").write_text("\n".join(hypotheses) + "\n")
         reference = lines_of(args.data / f"test2016.{setup['flags'][3]}")

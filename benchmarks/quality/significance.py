@@ -13,8 +13,9 @@ import logging
 import sys
 from pathlib import Path
 
+import text_files
 from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
+from score import RESAMPLES, compare
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.pages.tables import NAMES
@@ -51,7 +52,7 @@ def main() -> None:
         if not path.is_file():
             print("left out because its translation is missing:", path)
             continue
-        found = path.read_text(encoding="utf-8").splitlines()
+        found = text_files.read(path)
         if abs(BLEU().corpus_score(found, [reference]).score - float(row["bleu"])) > 0.006:
             sys.exit(f"{path} does not score {row['bleu']}: it is from another run; train again")
         seen.setdefault(row["gate"], {})[row["seed"]] = found
@@ -61,19 +62,11 @@ def main() -> None:
             for seed in sorted(set(by_seed) & set(seen.get(baseline, {}))):
                 if gate == baseline or (gate in args.against and baseline != args.against[0]):
                     continue
-                test = PairedTest(
-                    [("baseline", seen[baseline][seed]), ("this", by_seed[seed])],
-                    {"BLEU": BLEU(references=[reference])},
-                    references=None,
-                    test_type="bs",
-                    n_samples=1000,
-                )
-                _, results = test()
-                theirs, ours = next(v for k, v in results.items() if k.startswith("BLEU"))
+                bleu = compare(by_seed[seed], seen[baseline][seed], reference)["BLEU"]
                 row = {"task": args.task, "gate": gate, "against": baseline, "seed": seed}
-                row |= {"bleu_difference": round(ours.score - theirs.score, 2)}
-                row |= {"p": round(float(ours.p_value), 4), "updates": usual["updates"]}
-                out.append(row | {"resamples": 1000} | machine())
+                row |= {"bleu_difference": round(bleu["this"] - bleu["baseline"], 2)}
+                row |= {"p": round(bleu["p"], 4), "updates": usual["updates"]}
+                out.append(row | {"resamples": RESAMPLES} | machine())
                 print(row, flush=True)
     new = [{k: r[k] for k in FIELDS} for r in out]
     name = lambda r: tuple(str(r[k]) for k in ("task", "gate", "against", "seed", "updates"))

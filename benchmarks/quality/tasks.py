@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece as spm
+import text_files
 
 from benchmarks import ROOT
 
@@ -182,9 +183,7 @@ def _prepare(task: str, data: Path, folder: Path) -> None:
 
 
 def lines_of(path: Path) -> list[str]:
-    if not path.is_file():
-        sys.exit(f"no such file: {path}; give its folder with --data")
-    return [" ".join(x.split()) for x in path.read_text(encoding="utf-8").splitlines()]
+    return [" ".join(x.split()) for x in text_files.lines(path, "--data")]
 
 
 def read_multi30k(data: Path) -> dict[str, list[list[str]]]:

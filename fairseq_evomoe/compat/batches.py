@@ -6,14 +6,42 @@ import queue
 import threading
 import time
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fairseq.data import data_utils, iterators, language_pair_dataset, token_block_dataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path
 
 from fairseq_evomoe.compat.patching import patch
 
 logger = logging.getLogger(__name__)
+
+
+@patch(MMapIndexedDataset, "_do_init", test="tests/test_compat.py")
+def name_empty_data(original: Any) -> Any:
+    """Name the file if a data set has no line; fairseq reports an attribute of its own instead."""
+
+    def _do_init(self: Any, path: str) -> None:
+        if Path(data_file_path(path)).stat().st_size == 0:
+            raise ValueError(
+                f"{data_file_path(path)} is empty: the text that fairseq-preprocess made it from "
+                "has no line"
+            )
+        original(self, path)
+
+    return _do_init
+
+
+@patch(MMapIndexedDataset, "__del__", test="tests/test_compat.py")
+def close_what_was_opened(original: Any) -> Any:
+    """Close the files of a data set only if they could be opened."""
+
+    def close(self: Any) -> None:
+        if hasattr(self, "_bin_buffer_mmap"):
+            original(self)
+
+    return close
 
 
 @patch(data_utils, "batch_by_size", test="tests/test_compat.py")

@@ -7,12 +7,15 @@ import os
 import socket
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
+from fairseq.trainer import Trainer
 
 from fairseq_evomoe.compat.patching import patch
 from fairseq_evomoe.old_names import warn_of_old_names
@@ -103,6 +106,25 @@ def start_cpu_workers(original: Any) -> Any:
     return call_main
 
 
+@patch(distributed_utils, "call_main", test="tests/test_compat.py")
+def refuse_to_end_untrained(original: Any) -> Any:
+    """Stop with an error if `--write-checkpoints-asynchronously` lacks its package.
+
+    fairseq logs the reason among its first lines and then ends with exit code 0.
+    """
+
+    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        written = getattr(getattr(cfg, "checkpoint", None), "write_checkpoints_asynchronously", 0)
+        if written and importlib.util.find_spec("iopath") is None:
+            sys.exit(
+                "--write-checkpoints-asynchronously needs the package iopath: pip install iopath, "
+                "or leave the flag out"
+            )
+        return original(cfg, main, **kwargs)
+
+    return call_main
+
+
 def free_port() -> int:
     """Return a free TCP port of this machine."""
     with socket.socket() as s:
@@ -135,6 +157,30 @@ def own_weight_decay(original: Any) -> Any:
         return optimizer
 
     return build_optimizer
+
+
+@contextmanager
+def _cuda_changes_nothing() -> Iterator[None]:
+    original = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = original  # type: ignore[method-assign]
+
+
+@patch(Trainer, "train_step", test="tests/tasks/test_bad_numbers.py")
+def skip_overflowing_updates_on_cpus(original: Any) -> Any:
+    """Let fp16 training on a CPU skip an update whose gradient overflows, as it does on a GPU.
+
+    fairseq moves the norm of such an update to a GPU, which fails where there is none.
+    """
+
+    def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.cuda else _cuda_changes_nothing():
+            return original(self, *args, **kwargs)
+
+    return train_step
 
 
 @patch(progress_bar.BaseProgressBar, "_format_stats", test="tests/test_compat.py")

@@ -114,10 +114,22 @@ def configure(args: Any, *sides: str) -> TransformerConfig:
             "--cross-self-attention: memory attention does not support it; leave out this flag or "
             "--memory-attention"
         )
-    _check_some_layer_has_experts(moe, {side: getattr(cfg, side).layers for side in sides})
+    counts = {side: getattr(cfg, side).layers for side in sides}
+    _check_some_layer_has_experts(moe, counts)
+    _check_layers_exist(memory, counts)
     cfg.moe, cfg.memory = moe, memory
     check_table_memory(cfg, *sides)
     return cfg
+
+
+def _check_layers_exist(memory: MemoryConfig, layers: dict[str, int]) -> None:
+    """Refuse `--memory-layers` that no side of the model has; `layers` as below."""
+    counts = " and ".join(f"{count} {side} layers" for side, count in layers.items())
+    memory.need(
+        all(n < max(layers.values()) for n in memory.layers() or ()),
+        "--memory-layers",
+        f"there are {counts}, which are numbered from 0",
+    )
 
 
 def _check_some_layer_has_experts(moe: MoEConfig, layers: dict[str, int]) -> None:

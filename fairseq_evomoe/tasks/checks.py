@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fairseq_evomoe.config import EvolutionConfig, MoEConfig
@@ -28,6 +29,21 @@ def schedule_of(flags: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
         )
     SplitRule.from_flags(flags)
     return gate.schedule(flags)
+
+
+def check_machine(flags: EvolutionConfig) -> None:
+    """Refuse flags that cannot work on this machine, which fairseq would notice late or never.
+
+    Raises:
+        ValueError: names the flag and the fix.
+    """
+    if flags.fp16 and (flags.cpu or not torch.cuda.is_available()):
+        if not (flags.fp16_no_flatten_grads or flags.memory_efficient_fp16):
+            raise ValueError(
+                "--fp16: fairseq keeps flattened fp32 weights on GPUs only; on a CPU give --bf16 "
+                "instead, or add --fp16-no-flatten-grads"
+            )
+        logger.warning("--fp16: CPUs have no fast fp16 products; use --bf16, or fp32")
 
 
 def check_criterion(criterion: Any, gate: Gate) -> None:

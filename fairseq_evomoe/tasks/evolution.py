@@ -19,8 +19,9 @@ from fairseq_evomoe.old_names import upgrade_values
 from fairseq_evomoe.parallel import checkpoints
 from fairseq_evomoe.parallel.mesh import distributing
 from fairseq_evomoe.schedule import Stage
-from fairseq_evomoe.tasks.checks import check_criterion, expert_mesh, schedule_of
+from fairseq_evomoe.tasks.checks import check_criterion, check_machine, expert_mesh, schedule_of
 from fairseq_evomoe.tasks.splitting import split_when_due
+from fairseq_evomoe.tasks.unused import setting_of, unused, unused_losses
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,16 @@ class EvolutionMixin:
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         if not from_checkpoint:
             upgrade_values(self.flags, warn=True)
+            check_machine(self.flags)
         with distributing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
             model = super().build_model(cfg, from_checkpoint)
-        layers = [layer for _, layer in moe_layers(model)]
+        layers, spawn = [layer for _, layer in moe_layers(model)], 0
         # inference takes the stage from the checkpoint, and a dense model has none
         if layers and not from_checkpoint:
             self._gate = layers[0].gate
             self._load = LoadOfUpdate()
             schedule = schedule_of(self.flags, self._gate)
+            spawn = schedule.spawn
             for layer in layers:
                 layer.set_schedule(schedule)
                 layer.gate.check_ready()
@@ -63,12 +66,17 @@ class EvolutionMixin:
                     model, distributed
                 )
             logger.info("evolution: %s", schedule)
+        if not from_checkpoint:
+            for line in unused(setting_of(model, cfg, self.flags, spawn)):
+                logger.warning(line)
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         criterion = super().build_criterion(cfg, *args, **kwargs)
         if self._gate is not None:
             check_criterion(criterion, self._gate)
+        for line in unused_losses(cfg, self._gate):
+            logger.warning(line)
         return criterion
 
     def train_step(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,13 @@ FAMILIES = {
     RobertaModel: "roberta_evomoe",
 }
 """Maps each class of dense models to the name of our model of the same family."""
+
+
+VOCABULARY = (
+    r"size mismatch for \S*(?:embed_tokens|output_projection|lm_head)\.weight: .*?\[(\d+), .*?"
+    r"\[(\d+), "
+)
+"""How torch reports that a checkpoint's vocabulary and the model's differ in size."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -61,9 +69,21 @@ def build(path: Path, data: str | None) -> tuple[Any, Any, Any]:
     Args:
         path: the checkpoint.
         data: folder with the dictionaries. None means the folder named in the checkpoint.
+
+    Raises:
+        ValueError: the dictionaries are not those of the training.
     """
     overrides = {"data": data} if data else None
-    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    try:
+        (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+    except RuntimeError as error:
+        if found := re.search(VOCABULARY, str(error)):
+            raise ValueError(
+                f"{path} was trained with {found[1]} words, but the dictionary in "
+                f"{data or 'the folder that the checkpoint names'} has {found[2]}; give --data the "
+                "folder of the training"
+            ) from error
+        raise
     return model, cfg, task
 
 

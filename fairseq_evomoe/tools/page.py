@@ -10,6 +10,7 @@ from typing import Any
 from fairseq_evomoe.tools import checkpoint
 from fairseq_evomoe.tools.cost import BYTES, per_token
 from fairseq_evomoe.tools.run_log import RunLog, read_log
+from fairseq_evomoe.tools.text import read_lines
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#111}
@@ -63,11 +64,10 @@ def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    lines = lambda path: path.read_text(encoding="utf-8").splitlines()
-    truth, rows = lines(reference), []
+    truth, rows = read_lines(reference), []
     signature = ""
     for name, path in hypotheses:
-        found = lines(path)
+        found = read_lines(path)
         if len(found) != len(truth):
             raise ValueError(f"{path} has {len(found)} lines, but {reference} has {len(truth)}")
         row = [name]

@@ -42,22 +42,35 @@ class RunLog:
         return {n: found[n] for n in order}
 
 
-def _rows(lines: list[str], kind: str) -> list[Row]:
-    marker = f"| {kind} | {{"
-    found = [json.loads("{" + line.split(marker, 1)[1]) for line in lines if marker in line]
-    return [{k: float(v) for k, v in row.items() if v is not None} for row in found]
+def _rows(path: Path, lines: list[bytes], kind: str) -> list[Row]:
+    marker = f"| {kind} | {{".encode()
+    found = []
+    for number, line in enumerate(lines, 1):
+        if marker not in line:
+            continue
+        try:
+            row = json.loads(b"{" + line.split(marker, 1)[1])
+        except ValueError as error:
+            if number == len(lines):
+                # the run is under way, or was ended while it wrote
+                continue
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        found.append({k: float(v) for k, v in row.items() if v is not None})
+    return found
 
 
 def read_log(path: Path, name: str | None = None) -> RunLog:
     """Read a log. If a resumed run repeated some updates, only their last rows are kept.
 
+    A last line that is cut is left out.
+
     Raises:
-        ValueError: the log has no training lines.
+        ValueError: the log has no training lines, or a broken one.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     log = RunLog(name or path.parent.name)
     by_update: dict[float, Row] = {}
-    for row in _rows(lines, "train_inner"):
+    for row in _rows(path, lines, "train_inner"):
         by_update[row["num_updates"]] = row
     log.train = [by_update[n] for n in sorted(by_update)]
     if not log.train:
@@ -68,7 +81,7 @@ def read_log(path: Path, name: str | None = None) -> RunLog:
         before = row["num_updates"]
         row["tokens"] = tokens
     place = {row["num_updates"]: row for row in log.train}
-    for row in _rows(lines, "valid"):
+    for row in _rows(path, lines, "valid"):
         row = {k.removeprefix("valid_"): v for k, v in row.items()}
         nearest = min(place, key=lambda n: abs(n - row["num_updates"]))
         row["tokens"] = place[nearest]["tokens"]

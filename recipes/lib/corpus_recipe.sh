@@ -12,6 +12,9 @@ options (defaults in parentheses):
   --steps A,B     run only these, out of the steps download extract clean pieces preprocess train average generate score
   --updates N, --seed N (1), --out DIR (work/<corpus>)
   --any-lines     do not check the numbers of lines
+  --drop-broken-lines  leave out training pairs that are not UTF-8 text, and count them
+  --long-lines L  stop at lines of valid and test sets that are longer than the model's positions, or cut them (stop)
+  --remake        delete results in --out that were made from other data or with other options
   --baseline NAME compare with the model in <out>/NAME by a paired bootstrap
   --comet         also compute COMET (unbabel-comet must be installed; its model is downloaded)
   --print         print the training command and stop, for use with torchrun or Slurm
@@ -39,13 +42,13 @@ size_flags() {
 }
 
 . recipes/lib/options.sh
-data= model=evomoe seed=1 steps= any_lines= baseline= comet= print= out=
-parse_options "model size data steps updates seed out baseline" "any-lines comet print" "$@"
+data= model=evomoe seed=1 steps= any_lines= baseline= comet= print= drop_broken_lines= long_lines=stop remake= out=
+parse_options "model size data steps updates seed out baseline long-lines" "any-lines drop-broken-lines remake comet print" "$@"
 data=$(folder_from_caller --data "$data") || exit 2
 WORK=$(from_caller "$out")
 WORK=${WORK:-$PWD/work/$(basename "$RECIPE")}
 only=${steps:+,$steps,}
-any_lines=${any_lines:+--any-lines} comet=${comet:+--comet}
+any_lines=${any_lines:+--any-lines} broken=${drop_broken_lines:+--drop-broken-lines} comet=${comet:+--comet}
 family=$(family_flags "$model") || exit 2
 shape=$(size_flags "$size") || exit 2
 for step in $(echo "$only" | tr , ' '); do
@@ -56,9 +59,9 @@ for step in $(echo "$only" | tr , ' '); do
 done
 
 extras=plots,langid . recipes/lib/environment.sh
+. recipes/lib/made_from.sh
 . recipes/lib/translation.sh
-mkdir -p "$WORK"
-# sets src, tgt, vocab, hold_out, tests, clean_flags and piece_flags
+# sets src, tgt, vocab, hold_out, tests, inputs, clean_flags and piece_flags
 eval "$(python recipes/steps/corpus.py "$RECIPE/corpus.toml")"
 name=$model-$size-$updates-seed$seed
 every=$((updates / 20 > 0 ? updates / 20 : 1))
@@ -76,6 +79,23 @@ if [ -n "$print" ]; then
     exit
 fi
 
+# what the results in $WORK were made from; the data matters to the steps that read it
+pieces=$(most_pieces "${flags[@]}")
+if [ -z "$only" ] || [ -n "$data" ] || [[ $only =~ ,(download|extract|clean|pieces|preprocess), ]]; then
+    files=("corpus.toml=$RECIPE/corpus.toml")
+    for file in "${inputs[@]}"; do
+        [ -z "$data" ] || [ ! -e "$data/$file" ] || files+=("$file=$data/$file")
+    done
+    models=()
+    for log in "$WORK"/*/train.log; do models+=("$(dirname "$log")"); done
+    made_from data --files "${files[@]}" --values data="$([ -n "$data" ] && echo files || echo download)" \
+        drop_broken_lines="$broken" most_pieces="$pieces" long_lines="$long_lines" \
+        --versions sentencepiece sacrebleu fairseq-evomoe --results "$WORK"/{text,pieces,bin} "${models[@]}"
+fi
+made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
+made_from "translations $name" --results "$WORK/$name"/{averaged.pt,test*.hyp} \
+    --flags --average "$average" $search
+
 # step NAME RESULT COMMAND...: run COMMAND unless RESULT exists or --steps leaves NAME out
 step() {
     local which=$1 result=$2
@@ -91,19 +111,20 @@ mirror=()
 [ -n "$data" ] && mirror=(--mirror "$data")
 step download "$text/${tests[-1]}.$tgt" python recipes/steps/download.py "$RECIPE/corpus.toml" --out "$WORK/archives" "${mirror[@]}"
 step extract "$text/${tests[-1]}.$tgt" python recipes/steps/extract.py "$RECIPE/corpus.toml" \
-    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $any_lines
+    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $any_lines $broken
 held_out=("${tests[@]/#/$text/}")
 [ "$hold_out" = 0 ] && held_out+=("$text/valid") || clean_flags+=(--hold-out-every "$hold_out" --valid "$text/valid")
 step clean "$text/clean.$tgt" python recipes/steps/clean.py --source-lang "$src" --target-lang "$tgt" \
     --train "$text/train" --held-out "${held_out[@]}" --out "$text/clean" "${clean_flags[@]}"
-step pieces "" pieces "$src" "$tgt" "$vocab" "$text/clean" "$text/valid" "${tests[@]/#/$text/}" -- "${piece_flags[@]}"
+step pieces "" pieces "$src" "$tgt" "$vocab" "$text/clean" "$text/valid" "${tests[@]/#/$text/}" -- "${piece_flags[@]}" \
+    --max-pieces "$pieces" --long-lines "$long_lines"
 step preprocess "" preprocess "$src" "$tgt" "${#tests[@]}"
 step train "$WORK/$name/averaged.pt" train "$name" "${flags[@]}"
 step average "$WORK/$name/averaged.pt" evomoe-average "$WORK/$name" --last "$average" --output "$WORK/$name/averaged.pt"
 for i in "${!tests[@]}"; do
     subset=test$([ "$i" = 0 ] || echo "$i")
     step generate "$WORK/$name/$subset.hyp" translate "$name" averaged.pt "$subset" "$src" "$tgt" \
-        --max-len-a 2 --max-len-b 20 $search
+        "$text/${tests[$i]}.$src" --max-len-a 2 --max-len-b 20 $search
     against=()
     [ -n "$baseline" ] && against=(--baseline "$WORK/$baseline/$subset.hyp")
     step score "" python recipes/steps/score.py --name "$name ${tests[$i]}" --source "$text/${tests[$i]}.$src" \

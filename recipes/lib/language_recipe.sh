@@ -13,14 +13,15 @@ options (defaults in parentheses):
   --classes DIR   with --task mlm, fine-tune on DIR/{train,dev}.tsv, whose columns are named by
                   --text "sentence1 sentence2" (sentence) and --label NAME (label), as in GLUE
   --vocab N, --updates N, --seed N (1), --out DIR (work/<corpus>)
+  --remake        delete results in --out that were made from other data or with other options
   --print         print the training command and stop, for use with torchrun or Slurm
   -- FLAGS        pass further flags to fairseq-train
 TEXT
 }
 
 . recipes/lib/options.sh
-data= task=lm model=evomoe size=base seed=1 classes= text=sentence label=label print= out=
-parse_options "task model size data classes text label vocab updates seed out" print "$@"
+data= task=lm model=evomoe size=base seed=1 classes= text=sentence label=label print= remake= out=
+parse_options "task model size data classes text label vocab updates seed out" "print remake" "$@"
 data=$(folder_from_caller --data "$data") || exit 2
 classes=$(folder_from_caller --classes "$classes") || exit 2
 WORK=$(from_caller "$out")
@@ -67,8 +68,30 @@ if [ -n "$print" ]; then
     exit
 fi
 
-mkdir -p "$WORK/text"
+# what the results in $WORK were made from
+. recipes/lib/made_from.sh
+files=()
+if [ -n "$data" ]; then
+    found=("$data"/{train,valid,test}.txt)
+    [ -e "${found[0]}" ] || mapfile -t found < <(find "$data" -type f | sort)
+    for file in "${found[@]}"; do files+=("$(basename "$file")=$file"); done
+fi
+models=()
+for log in "$WORK"/*/train.log; do models+=("$(dirname "$log")"); done
+made_from data --files "${files[@]}" --values data="$([ -n "$data" ] && echo files || echo download)" vocab="$vocab" \
+    --versions sentencepiece fairseq-evomoe --results "$WORK"/{text,bin} "$WORK"/classes-* "${models[@]}"
+made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
+if [ -n "$classes" ]; then
+    bin=$WORK/classes-$(basename "$classes")
+    files=()
+    for split in train dev valid; do
+        [ ! -e "$classes/$split.tsv" ] || files+=("$split.tsv=$classes/$split.tsv")
+    done
+    made_from "classes $(basename "$classes")" --files "${files[@]}" --values text="$text" label="$label" \
+        --results "$bin" "$WORK"/*/"$(basename "$classes")"
+fi
 
+mkdir -p "$WORK/text"
 if [ ! -e "$WORK/text/counts.json" ]; then
     if [ -n "$data" ] && [ -e "$data/train.txt" ]; then
         sets=("$data/train.txt" "$data/valid.txt" "$data/test.txt")
@@ -108,10 +131,9 @@ fi
 python recipes/steps/perplexity.py --name "$name" --log "$log" --counts "$WORK/text/counts.json" --json "$WORK/scores.jsonl"
 
 if [ -n "$classes" ]; then
-    bin=$WORK/classes-$(basename "$classes")
-    [ -e "$bin/label/dict.txt" ] || python recipes/steps/classes.py --data "$classes" --spm "$WORK/text/spm.model" \
+    [ -e "$bin/classes.json" ] || python recipes/steps/classes.py --data "$classes" --spm "$WORK/text/spm.model" \
         --dict "$WORK/bin/dict.txt" --text $text --label "$label" --out "$bin"
-    number=$(grep -vc madeupword "$bin/label/dict.txt")
+    number=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$bin/classes.json")
     tuned=$WORK/$name/$(basename "$classes")
     mkdir -p "$tuned"
     fairseq-train "$bin" --user-dir "$USER_DIR" $CPU --num-workers 0 --save-dir "$tuned" --task sentence_prediction \

@@ -1,5 +1,5 @@
-# Functions that the translation recipes share. Source this file after environment.sh. All results are
-# written to $WORK. A model is a folder $WORK/<name>. A step whose result exists is not repeated.
+# Functions that the translation recipes share. Source this file after environment.sh and made_from.sh. All
+# results are written to $WORK. A model is a folder $WORK/<name>. A step whose result exists is not repeated.
 
 USER_DIR=$ROOT/fairseq_evomoe
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
@@ -11,7 +11,8 @@ pieces() {
     shift 5
     while [ $# -gt 0 ] && [ "$1" != -- ]; do tests+=("$1"); shift; done
     [ "${1-}" = -- ] && shift
-    [ -e "$WORK/pieces/test$((${#tests[@]} - 1)).$tgt" ] && return
+    # the training set is written last
+    [ -e "$WORK/pieces/train.$tgt" ] && return
     python "$ROOT/recipes/steps/pieces.py" --out "$WORK/pieces" --source-lang "$src" --target-lang "$tgt" \
         --vocab "$vocab" --train "$train" --valid "$valid" --test "${tests[@]}" "$@"
 }
@@ -41,16 +42,29 @@ train() {
         { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
 }
 
-# translate NAME CHECKPOINT SUBSET SRC TGT [flags]: write $WORK/NAME/SUBSET.hyp in the order of the test set
+# most_pieces FLAGS...: how many pieces of a line the model takes, given the flags of fairseq-train
+most_pieces() {
+    local most=1024
+    while [ $# -gt 1 ]; do
+        case $1 in
+            --max-source-positions | --max-target-positions | --max-tokens) [ "$2" -ge "$most" ] || most=$2 ;;
+        esac
+        shift
+    done
+    # one position is that of the end of the sentence
+    echo $((most - 1))
+}
+
+# translate NAME CHECKPOINT SUBSET SRC TGT TEXT [flags]: write $WORK/NAME/SUBSET.hyp in the order of TEXT
 translate() {
-    local name=$1 checkpoint=$2 subset=$3 src=$4 tgt=$5
-    shift 5
+    local name=$1 checkpoint=$2 subset=$3 src=$4 tgt=$5 text=$6
+    shift 6
     local out=$WORK/$name/$subset
     # a multiple of 1 keeps every sentence; with the default of 8, fairseq drops the last n mod 8
     fairseq-generate "$WORK/bin" --user-dir "$USER_DIR" $CPU --source-lang "$src" --target-lang "$tgt" \
-        --path "$WORK/$name/$checkpoint" --gen-subset "$subset" --remove-bpe sentencepiece \
+        --path "$WORK/$name/$checkpoint" --gen-subset "$subset" \
         --required-batch-size-multiple 1 --num-workers 0 "$@" >"$out.gen" 2>"$out.err" ||
         { tail -n 20 "$out.err" >&2; return 1; }
-    grep '^H-' "$out.gen" | cut -c3- | sort -n | cut -f3 >"$out.hyp.partial"
-    mv "$out.hyp.partial" "$out.hyp"
+    python "$ROOT/recipes/steps/hypotheses.py" --generated "$out.gen" --spm "$WORK/pieces/spm.model" \
+        --lines "$text" --out "$out.hyp"
 }

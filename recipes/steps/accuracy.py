@@ -8,6 +8,8 @@ import json
 import re
 from pathlib import Path
 
+import text_files
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -15,7 +17,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True, help="what fairseq-train printed")
     parser.add_argument("--json", type=Path, help="file to which a line of JSON is appended")
     args = parser.parse_args()
-    text = args.log.read_text(encoding="utf-8")
+    text = text_files.whole(args.log, "--log")
     rows = [json.loads(r) for r in re.findall(r"\| valid \| (\{.*\})", text)]
     if not rows:
         parser.exit(1, f"{args.log}: no validation in it, was it written with --log-format json?\n")
@@ -23,8 +25,7 @@ def main() -> None:
     print(f"{args.name}: best accuracy {best:.2f} of {len(rows)} epochs")
     if args.json:
         row = {"name": args.name, "accuracy": best, "epochs": len(rows)}
-        with args.json.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        text_files.append_json(args.json, row)
 
 
 if __name__ == "__main__":

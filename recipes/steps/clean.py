@@ -3,54 +3,40 @@
     python recipes/steps/clean.py --source-lang en --target-lang de --train text/train \\
         --out text/clean --held-out text/newstest2014 --filter-languages
 
-Text is normalised (NFKC, no control characters, single spaces). A pair is dropped if it is empty,
-repeated, untranslated or part of a held-out set. With --filter-languages, a pair is also dropped if
+Text is normalised (see text_files.normalise). A pair is dropped if it is empty, repeated,
+untranslated, part of a held-out set, or if it holds U+FFFD, the sign for a character that somebody
+could not decode. With --filter-languages, a pair is also dropped if
 py3langid finds one side to be in the language of the other. Only hashes of the pairs are kept in
 memory.
 """
 
 import argparse
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 import corpus
+import text_files
 
 Pair = tuple[str, str]
 
 
-def normalise(line: str) -> str:
-    """Apply NFKC, replace control and format characters by spaces, and collapse spaces."""
-    line = unicodedata.normalize("NFKC", line)
-    kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cn") else " " for c in line)
-    return " ".join("".join(kept).split())
-
-
-def read_pairs(prefix: str, source: str, target: str) -> Iterator[Pair]:
+def read_pairs(prefix: str, source: str, target: str, flag: str = "") -> Iterator[Pair]:
     """Yield the normalised line pairs of `prefix.source` and `prefix.target`.
 
     Raises:
-        SystemExit: a file is missing, or the two files differ in their number of lines.
+        SystemExit: a file cannot be read, or the two files differ in their number of lines; `flag`
+            is the option that named them.
     """
-    paths = [Path(f"{prefix}.{lang}") for lang in (source, target)]
-    for path in paths:
-        if not path.is_file():
-            sys.exit(f"no such file: {path}")
-    counts = []
-    for path in paths:
-        with path.open(encoding="utf-8", newline="\n") as f:
-            counts.append(sum(1 for _ in f))
-    if counts[0] != counts[1]:
-        sys.exit(f"{prefix}: {counts[0]} {source} lines but {counts[1]} {target} lines")
-    files = [path.open(encoding="utf-8", newline="\n") for path in paths]
-    rows = corpus.progress(zip(*files, strict=True), Path(prefix).name, counts[0])
-    for ours, theirs in rows:
-        yield normalise(ours), normalise(theirs)
-    for f in files:
-        f.close()
+    paths = [f"{prefix}.{language}" for language in (source, target)]
+    ours, theirs = (sum(1 for _ in text_files.lines(path, flag)) for path in paths)
+    if ours != theirs:
+        text_files.stop(prefix, flag, f"has {ours} {source} lines but {theirs} {target} lines")
+    rows = zip(*(text_files.lines(path, flag) for path in paths), strict=True)
+    for pair in corpus.progress(rows, Path(prefix).name, ours):
+        yield text_files.normalise(pair[0]), text_files.normalise(pair[1])
 
 
 def fingerprint(pair: Pair) -> int:
@@ -95,6 +81,8 @@ def clean(
         key = fingerprint(pair)
         if not pair[0] or not pair[1]:
             dropped["empty"] += 1
+        elif "\ufffd" in pair[0] + pair[1]:
+            dropped["damaged characters"] += 1
         elif key in tests:
             dropped["in a test set"] += 1
         elif key in seen:
@@ -125,14 +113,14 @@ def main() -> None:
     args = parser.parse_args()
     languages = args.source_lang, args.target_lang
     right = languages_of(*languages) if args.filter_languages else None
-    held_out = [p for name in args.held_out for p in read_pairs(name, *languages)]
+    held_out = [p for x in args.held_out for p in read_pairs(x, *languages, "--held-out")]
 
     dropped: Counter = Counter()
     prefixes = [args.out, *([args.valid] if args.hold_out_every else [])]
     paths = [Path(f"{prefix}.{lang}") for prefix in prefixes for lang in languages]
     kept = apart = 0
-    with corpus.in_place_of(*paths) as files:
-        rows = clean(read_pairs(args.train, *languages), held_out, dropped, right)
+    with text_files.writing(*paths) as files:
+        rows = clean(read_pairs(args.train, *languages, "--train"), held_out, dropped, right)
         for i, pair in enumerate(rows):
             valid = args.hold_out_every and i % args.hold_out_every == 0
             apart += bool(valid)

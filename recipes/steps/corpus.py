@@ -9,11 +9,11 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import text_files
 from tqdm import tqdm
 
 
@@ -61,8 +61,8 @@ class Corpus:
 def files(path: Path) -> dict[str, str]:
     """Return the names and URLs of the files that a corpus is downloaded from."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(text_files.whole(path))["files"]
+    except (KeyError, tomllib.TOMLDecodeError) as error:
         sys.exit(f"{path}: {error}")
 
 
@@ -84,34 +84,17 @@ def read(path: Path) -> Corpus:
         SystemExit: the file cannot be read, or an entry is missing or unknown.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(text_files.whole(path))
         table["train"] = [_part(p) for p in table["train"]]
         table["test"] = [_part(p) for p in table["test"]]
         if "valid" in table:
             table["valid"] = _part(table["valid"])
         corpus = Corpus(**table)
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+    except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         sys.exit(f"{path}: {error}")
     if (corpus.valid is None) == (corpus.hold_out_every == 0):
         sys.exit(f"{path}: give either [valid] or hold_out_every")
     return corpus
-
-
-@contextmanager
-def in_place_of(*paths: Path) -> Iterator[list[Any]]:
-    """Open text files for writing. They get their names when all of them are complete."""
-    partial = [p.with_name(p.name + ".partial") for p in paths]
-    files = [p.open("w", encoding="utf-8") for p in partial]
-    try:
-        yield files
-    except BaseException:
-        for f, p in zip(files, partial, strict=True):
-            f.close()
-            p.unlink()
-        raise
-    for f, p, path in zip(files, partial, paths, strict=True):
-        f.close()
-        p.replace(path)
 
 
 def progress(rows: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
@@ -123,6 +106,11 @@ def shell_variables(corpus: Corpus) -> str:
     """What a shell recipe needs of a corpus, as assignments."""
     lists = {
         "tests": [part.name for part in corpus.test],
+        # what a folder given with --data may hold
+        "inputs": [
+            *corpus.files,
+            *(f"{x}.{y}" for x in corpus.split() for y in (corpus.source, corpus.target)),
+        ],
         "clean_flags": ["--filter-languages"] if corpus.filter_languages else [],
         "piece_flags": [
             *(["--byte-fallback"] if corpus.byte_fallback else []),

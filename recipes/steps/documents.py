@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import corpus
+import text_files
 
 
 def main() -> None:
@@ -37,10 +38,10 @@ def main() -> None:
         sys.exit(f"{args.dataset}: no column {args.column}; it has {', '.join(found.column_names)}")
     args.out.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(splits, 0)
-    with corpus.in_place_of(*(args.out / f"{s}.txt" for s in splits)) as files:
+    with text_files.writing(*(args.out / f"{s}.txt" for s in splits)) as files:
         for i, row in enumerate(corpus.progress(found, "documents", len(found))):
             split = {0: "valid", 1: "test"}.get(i % args.every, "train")
-            lines = [x for x in map(str.strip, row[args.column].splitlines()) if x]
+            lines = [x for x in map(str.strip, (row[args.column] or "").split("\n")) if x]
             if lines:
                 files[splits.index(split)].write("\n".join(lines) + "\n\n")
                 counts[split] += 1

@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 
 import corpus
+import text_files
 from tqdm import tqdm
 
 SUMS = "SHA256SUMS"
@@ -30,7 +31,7 @@ def digest(path: Path) -> str:
 def read_sums(folder: Path) -> dict[str, str]:
     """Read SHA256SUMS, in the format of sha256sum, as {file: sha256}."""
     path = folder / SUMS
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = text_files.read(path) if path.exists() else []
     return {name: sha for sha, name in (row.split(maxsplit=1) for row in rows)}
 
 
@@ -111,7 +112,7 @@ def main() -> None:
                 "changed; delete it to download it again"
             )
         rows = "".join(f"{sha}  {name}\n" for name, sha in sorted(sums.items()))
-        (args.out / SUMS).write_text(rows, encoding="utf-8")
+        text_files.write(args.out / SUMS, rows)
         print(f"{path}: {path.stat().st_size:,} bytes, sha256 {sha[:12]}")
 
 

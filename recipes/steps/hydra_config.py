@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import text_files
+
 GROUPS = (
     *("task", "model", "criterion", "optimizer", "lr_scheduler"),
     *("optimization", "dataset", "checkpoint", "common", "distributed_training"),
@@ -101,7 +103,7 @@ def main() -> None:
 
     import fairseq_evomoe  # noqa: F401
 
-    last = args.flags.read_text(encoding="utf-8").strip().splitlines()[-1]
+    last = text_files.whole(args.flags).strip().split("\n")[-1]
     groups = grouped(parse(shlex.split(last)))
     print(
         "# @package _group_\n"

@@ -15,36 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import corpus
-import sentencepiece as spm
-from clean import normalise
-from extract import lines
+import text_files
+import vocabulary
 
 
-def paragraphs(files: Sequence[str]) -> Iterator[str]:
-    """Yield the normalised lines of all files, one file after another."""
+def paragraphs(files: Sequence[str], flag: str) -> Iterator[str]:
+    """Yield the normalised lines of all files that an option named, one file after another."""
     for where in files:
-        yield from map(normalise, lines(where, Path(".")))
-
-
-def learn(out: Path, files: Sequence[str], vocab: int, sample: int) -> spm.SentencePieceProcessor:
-    """Return the sentencepiece model, which is learned on `files` unless it exists already."""
-    model = out / "spm.model"
-    if not model.exists():
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=(p for p in corpus.progress(paragraphs(files), "learning") if p),
-            model_prefix=str(out / "partial"),
-            vocab_size=vocab,
-            character_coverage=1.0,
-            byte_fallback=True,
-            input_sentence_size=sample,
-            shuffle_input_sentence=True,
-            max_sentence_length=2**16,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        (out / "partial.vocab").replace(out / "spm.vocab")
-        (out / "partial.model").replace(model)
-    return spm.SentencePieceProcessor(model_file=str(model))
+        yield from map(text_files.normalise, text_files.lines(where, flag))
 
 
 def main() -> None:
@@ -56,12 +34,19 @@ def main() -> None:
         parser.add_argument(f"--{split}", nargs="+", required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    processor = learn(args.out, args.train, args.vocab, args.sample)
+    processor = vocabulary.learn(
+        args.out,
+        corpus.progress(paragraphs(args.train, "--train"), "learning"),
+        size=args.vocab,
+        sample=args.sample,
+        byte_fallback=True,
+        longest=2**16,
+    )
     counts = {}
     for split in ("train", "valid", "test"):
         words = pieces = 0
-        with corpus.in_place_of(args.out / split) as (f,):
-            for text in corpus.progress(paragraphs(getattr(args, split)), split):
+        with text_files.writing(args.out / split) as (f,):
+            for text in corpus.progress(paragraphs(getattr(args, split), f"--{split}"), split):
                 row = processor.encode(text, out_type=str)
                 # + 1 for the end of the line, which fairseq scores and which is usually counted
                 words += len(text.split()) + 1
@@ -69,7 +54,7 @@ def main() -> None:
                 f.write(" ".join(row) + "\n")
         counts[split] = {"words": words, "pieces": pieces}
         print(f"{split}: {words:,} words, {pieces:,} pieces")
-    (args.out / "counts.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
+    text_files.write(args.out / "counts.json", json.dumps(counts) + "\n")
 
 
 if __name__ == "__main__":

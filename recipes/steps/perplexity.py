@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import text_files
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -19,8 +21,8 @@ def main() -> None:
         "--json", type=Path, required=True, help="append the result to this file as a line of JSON"
     )
     args = parser.parse_args()
-    text = args.log.read_text(encoding="utf-8")
-    counts = json.loads(args.counts.read_text(encoding="utf-8"))["test"]
+    text = text_files.whole(args.log, "--log")
+    counts = json.loads(text_files.whole(args.counts, "--counts"))["test"]
     causal = re.search(r"Evaluated ([\d,]+) tokens.*\n(?:.*\n)*?.*Loss \(base 2\): ([\d.]+)", text)
     masked = re.findall(r"\| test \| (\{.*\})", text)
     result: dict = {"name": args.name}
@@ -41,8 +43,7 @@ def main() -> None:
         print(f"{args.name}: {result['bits']:.3f} bits a masked piece")
     else:
         sys.exit(f"{args.log} contains no loss of fairseq-eval-lm or fairseq-validate")
-    with args.json.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(result) + "\n")
+    text_files.append_json(args.json, result)
 
 
 if __name__ == "__main__":

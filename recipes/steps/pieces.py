@@ -4,7 +4,8 @@
         --train text/clean --valid text/newstest2013 --test text/newstest2014
 
 Training pairs are dropped and counted if a side has too many pieces, or if the numbers of pieces of
-the two sides differ too much. Valid and test sets keep all their lines.
+the two sides differ too much. Valid and test sets keep all their lines: one that is longer than the
+model's positions stops the step, or is cut with --long-lines cut.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import corpus
-import sentencepiece as spm
+import text_files
+import vocabulary
 from clean import Pair, read_pairs
 
 BATCH = 10000
@@ -42,6 +43,15 @@ def main() -> None:
         "--max-length", type=int, default=250, help="maximum pieces per side of a training pair"
     )
     parser.add_argument(
+        "--max-pieces", type=int, default=1023, help="pieces per line that the model can take"
+    )
+    parser.add_argument(
+        "--long-lines",
+        choices=("stop", "cut"),
+        default="stop",
+        help="what to do with longer lines of the valid and test sets",
+    )
+    parser.add_argument(
         "--max-ratio",
         type=float,
         default=3.0,
@@ -54,31 +64,19 @@ def main() -> None:
     languages = args.source_lang, args.target_lang
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = args.out / "spm.model"
-    if not model.exists():
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=(
-                line for pair in read_pairs(args.train, *languages) for line in pair
-            ),
-            model_prefix=str(args.out / "partial"),
-            vocab_size=args.vocab,
-            character_coverage=1.0,
-            byte_fallback=args.byte_fallback,
-            input_sentence_size=args.sample,
-            shuffle_input_sentence=True,
-            # a small corpus may yield fewer pieces than --vocab
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        (args.out / "partial.vocab").replace(args.out / "spm.vocab")
-        (args.out / "partial.model").replace(model)
-    processor = spm.SentencePieceProcessor(model_file=str(model))
+    processor = vocabulary.learn(
+        args.out,
+        (line for pair in read_pairs(args.train, *languages, "--train") for line in pair),
+        size=args.vocab,
+        sample=args.sample,
+        byte_fallback=args.byte_fallback,
+    )
 
     dropped: Counter = Counter()
 
     def fits(source: list[str], target: list[str]) -> bool:
         short, long = sorted((len(source), len(target)))
-        if long > args.max_length:
+        if long > min(args.max_length, args.max_pieces):
             dropped["too long"] += 1
         elif long > args.max_ratio * short:
             dropped["length ratio"] += 1
@@ -86,24 +84,42 @@ def main() -> None:
             return True
         return False
 
+    def cut(split: str, side: int, row: list[str]) -> list[str]:
+        """The line as the model can take it; lines that are too long are cut or refused."""
+        if len(row) <= args.max_pieces:
+            return row
+        if args.long_lines == "stop":
+            name = f"{splits[split]}.{languages[side]}"
+            text_files.stop(
+                f"{name}, line {kept + 1:,},",
+                f"--{split.rstrip('0123456789')}",
+                f"has {len(row):,} pieces but the model takes {args.max_pieces:,}; shorten the "
+                "line, raise --max-source-positions and --max-target-positions, or give "
+                "--long-lines cut, which keeps the beginning of such lines",
+            )
+        dropped[f"cut in {split}"] += 1
+        return row[: args.max_pieces]
+
     splits = {"train": args.train, "valid": args.valid}
     splits |= {f"test{i}": prefix for i, prefix in enumerate(args.test)}
-    for split, prefix in splits.items():
+    # the sets that must be whole come first, so that a line that does not fit is found at once
+    for split in (*(s for s in splits if s != "train"), "train"):
         kept = 0
-        with corpus.in_place_of(*(args.out / f"{split}.{lang}" for lang in languages)) as files:
-            for batch in batches(read_pairs(prefix, *languages)):
+        paths = (args.out / f"{split}.{language}" for language in languages)
+        with text_files.writing(*paths) as files:
+            for batch in batches(read_pairs(splits[split], *languages, f"--{split}")):
                 sides = [
                     processor.encode(list(side), out_type=str) for side in zip(*batch, strict=True)
                 ]
                 for pair in zip(*sides, strict=True):
                     if split == "train" and not fits(*pair):
                         continue
-                    kept += 1
-                    for f, row in zip(files, pair, strict=True):
+                    rows = (cut(split, side, row) for side, row in enumerate(pair))
+                    for f, row in zip(files, rows, strict=True):
                         f.write(" ".join(row) + "\n")
-        if split == "train":
-            reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "nothing"
-            print(f"pieces: {kept:,} training pairs; dropped: {reasons}")
+                    kept += 1
+    reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "nothing"
+    print(f"pieces: {kept:,} training pairs; dropped: {reasons}")
 
 
 if __name__ == "__main__":

@@ -117,11 +117,6 @@ def test_unequal_files_are_refused(tmp_path):
         list(clean.read_pairs(str(tmp_path / "u"), "en", "de"))
 
 
-def test_normalise():
-    """Ligatures and wide spaces become plain; control and invisible characters are removed."""
-    assert clean.normalise("ﬁne\u00a0 \x07day\u200b\t!") == "fine day !"
-
-
 def test_the_language_filter_knows_the_other_side():
     """A pair with a German sentence on the English side is dropped; a pair of few words is kept."""
     right = clean.languages_of("en", "de")
@@ -319,7 +314,7 @@ def test_quickstart(tmp_path):
     scores = [json.loads(x) for x in (tmp_path / "q/scores.jsonl").read_text().splitlines()]
     assert [s["name"] for s in scores] == ["test", "test_comp"]
     assert all(s["lines"] == 500 and s["bleu_frequency"] > 10 > s["bleu_copy"] for s in scores)
-    assert "nrefs:1|case:mixed" in out
+    assert "nrefs:1|bs:1000|seed:12345|case:mixed" in out
     assert (tmp_path / "q/evolution.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -331,12 +326,21 @@ def test_quickstart_on_own_files(tmp_path):
         for side, lang in ((0, "yy"), (1, "xx")):
             text = "".join(p[side] + "\n" for p in pairs)
             (data / f"{split}.{lang}").write_text(text, encoding="utf-8")
-    recipe(
-        *("quickstart", "--data", data, "--source-lang", "xx", "--target-lang", "yy"),
-        *("--updates", 20, "--vocab", 300, "--out", tmp_path / "q"),
-    )
+    command = ("quickstart", "--data", data, "--source-lang", "xx", "--target-lang", "yy")
+    command += ("--vocab", 300, "--out", tmp_path / "q")
+    recipe(*command, "--updates", 20)
     (result,) = map(json.loads, (tmp_path / "q/scores.jsonl").read_text().splitlines())
     assert result["lines"] == 21
+    model = (tmp_path / "q/model/averaged.pt").read_bytes()
+
+    # other options or other data in the same folder stop at once; nothing is lost
+    assert "--max-update: 20 -> 30" in recipe(*command, "--updates", 30, ok=False)
+    (data / "valid.xx").write_text("other\n" * 20)
+    said = recipe(*command, "--updates", 20, ok=False)
+    assert "valid.xx: other contents" in said and "--remake" in said
+    said = recipe("quickstart", "--updates", 20, "--out", tmp_path / "q", ok=False)
+    assert "source: xx -> en" in said and "vocab: 300 -> 1000" in said
+    assert (tmp_path / "q/model/averaged.pt").read_bytes() == model
 
 
 def test_multi30k_on_local_files(tmp_path):
@@ -353,7 +357,7 @@ def test_multi30k_on_local_files(tmp_path):
         *("multi30k", "--data", data, "--model", "evomoe"),
         *("--updates", 20, "--out", tmp_path / "m", "--", "--max-tokens", 600),
     )
-    assert out.count("nrefs:1|case:mixed") == 2
+    assert out.count("nrefs:1|bs:1000|seed:12345|case:mixed") == 2
     names = [json.loads(x)["name"] for x in (tmp_path / "m/scores.jsonl").read_text().splitlines()]
     assert names == [f"evomoe-small-20-seed1 {t}" for t in ("test2016", "test2017")]
 

@@ -20,10 +20,8 @@ SKIPS = ("fp16", "memory-efficient-fp16")
 """Layouts with a loss scale, in which fairseq skips a bad batch. In the others it ends the run."""
 
 
-def started(toy, *flags, monkeypatch, save_dir=None):
+def started(toy, *flags, save_dir=None):
     """(trainer, batches) of a toy run."""
-    # fairseq puts the norm of a skipped batch on CUDA, even if the run is on a CPU
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *a, **k: self)
     cfg, task, model = build(toy, "--dropout", 0, "--clip-norm", 0.1, *flags)
     cfg.checkpoint.save_dir = str(save_dir)
     trainer = Trainer(cfg, task, model, task.build_criterion(cfg.criterion))
@@ -51,14 +49,14 @@ def poison(layer, where, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["input", "gate", "gradient"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, monkeypatch, caplog):
+def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, caplog):
     """A bad batch changes no weight and counts for no update.
 
     With a loss scale the next batch trains as usual; otherwise fairseq ends the run and names the
     module.
     """
     flags = ("--evo-spawn-update", 0, "--dts-anneal-updates", 4, *LAYOUTS[layout])
-    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    trainer, batches = started(toy, *flags, save_dir=tmp_path)
     trainer.train_step([next(batches)])
     before = weights(trainer)
     (_, layer), *_ = moe_layers(trainer.get_model())
@@ -84,10 +82,10 @@ def test_bad_numbers_poison_nothing(toy, tmp_path, layout, where, value, monkeyp
 
 
 @pytest.mark.parametrize("layout", SKIPS)
-def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
+def test_overflow_at_the_split(toy, tmp_path, layout):
     """If the update of the split overflows, the experts split once and the run continues."""
     flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4, *LAYOUTS[layout])
-    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    trainer, batches = started(toy, *flags, save_dir=tmp_path)
     for _ in range(2):
         trainer.train_step([next(batches)])
     (_, layer), *_ = moe_layers(trainer.get_model())
@@ -107,7 +105,7 @@ def test_overflow_at_the_split(toy, tmp_path, layout, monkeypatch):
 def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
     """--moe-balance-bias counts the load of completed updates, not of skipped ones."""
     flags = ("--moe-gate", "topk", "--moe-balance-bias", 0.1, *FP16)
-    trainer, batches = started(toy, *flags, monkeypatch=monkeypatch, save_dir=tmp_path)
+    trainer, batches = started(toy, *flags, save_dir=tmp_path)
     (_, layer), *_ = moe_layers(trainer.get_model())
     hook = poison(layer, "gradient", math.inf)
     skipped = next(batches)
@@ -126,11 +124,11 @@ def test_a_skipped_batch_moves_no_bias(toy, tmp_path, monkeypatch):
     assert seen == [int(pairs)]
 
 
-def test_an_average_starts_with_its_expert(toy, tmp_path, monkeypatch):
+def test_an_average_starts_with_its_expert(toy, tmp_path):
     """With --store-ema the copies' averages start at the split, from the copies themselves."""
     flags = ("--evo-spawn-update", 2, "--dts-anneal-updates", 4)
     ema = ("--store-ema", "--ema-decay", 0.9, "--ema-fp32")
-    trainer, batches = started(toy, *flags, *ema, monkeypatch=monkeypatch, save_dir=tmp_path)
+    trainer, batches = started(toy, *flags, *ema, save_dir=tmp_path)
     for _ in range(3):
         trainer.train_step([next(batches)])
     (name, layer), *_ = moe_layers(trainer.get_model())

@@ -192,3 +192,27 @@ def test_what_is_missing_is_named(tmp_path, flags, said):
     args = report.parser().parse_args(["page", *flags, "--output", str(tmp_path / "x.html")])
     with pytest.raises(ValueError, match=said):
         page.run(args)
+
+
+def test_a_log_that_is_cut(trained, tmp_path):
+    """A last line that is cut is left out; a broken line before it is named."""
+    log = (trained / "train.log").read_bytes()
+    at = log.rindex(b"| train_inner | {")
+    (tmp_path / "cut.log").write_bytes(log[: at + 40])
+    whole, cut = read_log(trained / "train.log"), read_log(tmp_path / "cut.log")
+    assert cut.train == whole.train[: len(cut.train)] and len(cut.train) == len(whole.train) - 1
+    (tmp_path / "cut.log").write_bytes(log[: at + 40] + b"\n" + log[at:])
+    line = log[:at].count(b"\n") + 1
+    with pytest.raises(ValueError, match=rf"cut.log, line {line}: "):
+        read_log(tmp_path / "cut.log")
+
+
+def test_hypotheses_are_lines(tmp_path):
+    """Separators other than a line feed end no line; a file that is not text is named."""
+    for name in ("reference", "hypothesis"):
+        (tmp_path / name).write_bytes("ein\x0b Haus\u2028 steht\r\nda\n".encode())
+    html = page.bleu_rows(tmp_path / "reference", [("x", tmp_path / "hypothesis")])
+    assert "100.00" in html
+    (tmp_path / "hypothesis").write_bytes(b"ein\nH\xe4user\n")
+    with pytest.raises(ValueError, match="hypothesis, line 2, is not UTF-8 text"):
+        page.bleu_rows(tmp_path / "reference", [("x", tmp_path / "hypothesis")])

@@ -1,7 +1,9 @@
 """tools/prune.py: unused experts are removed, and both reported losses are what fairseq prints."""
 
+import importlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import USER_DIR, run, tool, train, train_args
 from fairseq import checkpoint_utils
 
 from fairseq_evomoe.tools import prune
-from fairseq_evomoe.tools.checkpoint import load, write
+from fairseq_evomoe.tools.checkpoint import build, load, write
 
 PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
 HARD = ("--max-update", 6, "--evo-spawn-update", 1, "--dts-anneal-updates", 2)
@@ -136,3 +138,23 @@ def test_refusals(checkpoint, toy, tmp_path, capsys):
     fails(tmp_path / "s/checkpoint_1_1.pt", "from before the split")
     train(*train_args(toy, tmp_path / "d", "--moe-freq", 0, "--max-update", 1))
     fails(tmp_path / "d/checkpoint_last.pt", "holds no MoE layer")
+
+
+@pytest.mark.parametrize("name", ["prune", "upcycle", "memorise"])
+def test_data_of_another_vocabulary(checkpoint, toy, tmp_path, name):
+    """Every tool that builds the model says in one line that the dictionary is another one."""
+    family, path = checkpoint
+    data = tmp_path / "data"
+    shutil.copytree(toy / ("bin" if family == "translation" else "mono"), data)
+    for dictionary in data.glob("dict*.txt"):
+        words = dictionary.read_text().split("\n")
+        dictionary.write_text("\n".join(words[: len(words) // 2]) + "\n")
+    with pytest.raises(
+        ValueError, match=r"was trained with \d+ words, but the dictionary in .* has"
+    ):
+        build(path, str(data))
+    module = importlib.import_module(f"fairseq_evomoe.tools.{name}")
+    flags = {"upcycle": ("--experts", "2"), "memorise": ()}.get(name, ())
+    with pytest.raises(SystemExit):
+        module.main([str(path), "--output", str(tmp_path / "o.pt"), "--data", str(data), *flags])
+    assert not (tmp_path / "o.pt").exists()

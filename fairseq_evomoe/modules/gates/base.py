@@ -68,6 +68,10 @@ class Gate(nn.Module):
     """True if the rule follows the schedule. Training without a schedule is then an error."""
     needs_losses: ClassVar[tuple[str, ...]] = ()
     """The routing losses, of `records.LOSSES`, without which the gate cannot be trained."""
+    balanced_by_loss: ClassVar[bool] = True
+    """False if the load is even or fixed by construction, so that no balance loss is trained."""
+    has_router: ClassVar[bool] = True
+    """False if nothing about the choice of experts is learned."""
     can_lose_experts: ClassVar[bool] = True
     """False if each expert has tokens that no other expert could take over."""
     flags: ClassVar[tuple[str, ...]] = ()

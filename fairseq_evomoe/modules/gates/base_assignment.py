@@ -34,6 +34,7 @@ class BaseGate(ScoreGate):
     """
 
     flags = ("--moe-gate-token-bias",)
+    balanced_by_loss = False
 
     def __init__(self, cfg: MoEConfig, context: GateContext) -> None:
         super().__init__(cfg, context)

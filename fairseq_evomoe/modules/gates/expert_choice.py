@@ -29,6 +29,7 @@ class ExpertChoiceGate(ScoreGate):
     """
 
     flags = ("--moe-gate-token-bias", "--moe-choice-experts", "--moe-choice-group")
+    balanced_by_loss = False
 
     def __init__(self, cfg: MoEConfig, context: GateContext) -> None:
         super().__init__(cfg, context)

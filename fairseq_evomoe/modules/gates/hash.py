@@ -29,6 +29,8 @@ class HashGate(Gate):
 
     flags = ("--moe-hash-mapping",)
     can_lose_experts = False
+    balanced_by_loss = False
+    has_router = False
     table: Tensor
 
     def __init__(self, cfg: MoEConfig, context: GateContext) -> None:

@@ -27,6 +27,9 @@ from fairseq_evomoe.parallel.gradients import distributed_parameters, reduce_exp
 from fairseq_evomoe.parallel.mesh import Shard
 from fairseq_evomoe.parallel.sharded_files import local_part
 
+MIXES_EXPERTS = ("adafactor", "lamb")
+"""Optimizers whose step of one weight depends on the whole tensor, here on all experts."""
+
 
 @patch(utils, "clip_grad_norm_", test="tests/parallel/test_exchange.py")
 def clip_with_experts(original: Any) -> Any:
@@ -68,6 +71,12 @@ def reduce_expert_gradients_once(original: Any) -> Any:
         optimizer = self._optimizer
         if not distributed_parameters(self.model.parameters()):
             return
+        name = self.cfg.optimizer._name
+        if name in MIXES_EXPERTS:
+            raise ValueError(
+                f"--optimizer {name}: not with --expert-parallel: it scales the step of an expert "
+                "by statistics of all experts of its layer, which no worker holds; use adam"
+            )
         masters = getattr(optimizer, "fp32_params", None)
         for p, master in zip(optimizer.fp16_params, masters, strict=True) if masters else ():
             if hasattr(p, "expert"):

@@ -16,6 +16,7 @@ from fairseq_evomoe.kernels.lookup.score import codes, quantise, score_moment
 from fairseq_evomoe.kernels.pages import large_pages
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.usage import current_counts
+from fairseq_evomoe.modules.torchscript import NotScriptable
 
 
 def mark_param_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
@@ -76,7 +77,7 @@ class HashRule:
         return y.view(*x.shape[:-1], y.size(-1))
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(NotScriptable):
     """y = sum_k p(z_k) T_k[code(z_k)] + b, where z_k is the k-th slice of t values of x (eq. 11).
 
     K = ceil(D / t), and x is padded with zeros if t does not divide D. The input should be
@@ -145,6 +146,7 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
+        self.refuse_tracing()
         if self.training and self.converted:
             raise ValueError(
                 "--memory-tables bf16 and int8 are for inference; train the checkpoint that "

@@ -13,8 +13,8 @@ from torch import nn
 
 from fairseq_evomoe.memory.attention import MemoryAttention
 from fairseq_evomoe.models.stacks import (
-    EvoMoEEncoder,
     add_flags,
+    build_encoder,
     configure,
     memory_defaults,
     moe_defaults,
@@ -35,8 +35,8 @@ def init_params(module: nn.Module) -> None:
 class RobertaEvoMoEEncoder(RobertaEncoder):
     """fairseq's RoBERTa encoder, built on a Transformer encoder with MoE layers."""
 
-    def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Module) -> EvoMoEEncoder:
-        encoder = EvoMoEEncoder(configure(args, "encoder"), dictionary, embed_tokens)
+    def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Module) -> nn.Module:
+        encoder = build_encoder(configure(args, "encoder"), dictionary, embed_tokens)
         encoder.apply(init_params)
         return encoder
 

@@ -72,6 +72,34 @@ class EvoMoEDecoder(TransformerDecoderBase):
             )
 
 
+def build_encoder(cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> TransformerEncoderBase:
+    """An encoder: fairseq's own, which torch.jit can script, if flags change nothing in it."""
+    cls = TransformerEncoderBase if is_plain(cfg, "encoder") else EvoMoEEncoder
+    return cls(cfg, dictionary, embed_tokens)
+
+
+def build_decoder(
+    cfg: Any, dictionary: Any, embed_tokens: nn.Module, *, reads: Any = None, **kwargs: Any
+) -> TransformerDecoderBase:
+    """A decoder, likewise; the arguments are those of `EvoMoEDecoder`."""
+    if is_plain(cfg, "decoder"):
+        return TransformerDecoderBase(cfg, dictionary, embed_tokens, **kwargs)
+    return EvoMoEDecoder(cfg, dictionary, embed_tokens, reads=reads, **kwargs)
+
+
+def is_plain(cfg: Any, side: str) -> bool:
+    """Whether no layer of "encoder" or "decoder" has experts or look-ups."""
+    moe, memory = cfg.moe, cfg.memory
+    return not (
+        moe.freq(side)
+        or ((memory.memory_ffn or memory.memory_attention) and _covers_a_layer(cfg, side))
+    )
+
+
+def _covers_a_layer(cfg: Any, side: str) -> bool:
+    return any(cfg.memory.covers(i) for i in range(getattr(cfg, side).layers))
+
+
 def add_flags(parser: Any) -> None:
     """Add our flags to a parser, for models that fairseq configures through argparse."""
     for flags in (MoEConfig(), MemoryConfig()):

@@ -14,9 +14,9 @@ from fairseq.models.transformer import (
 from torch import nn
 
 from fairseq_evomoe.models.stacks import (
-    EvoMoEDecoder,
-    EvoMoEEncoder,
     add_flags,
+    build_decoder,
+    build_encoder,
     configure,
     memory_defaults,
     moe_defaults,
@@ -50,12 +50,12 @@ class TransformerEvoMoEModel(TransformerModel):
         return super(TransformerModel, cls).build_model(cfg, task)
 
     @classmethod
-    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> EvoMoEEncoder:
-        return EvoMoEEncoder(cfg, src_dict, embed_tokens)
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        return build_encoder(cfg, src_dict, embed_tokens)
 
     @classmethod
-    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> EvoMoEDecoder:
-        return EvoMoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> nn.Module:
+        return build_decoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
 @register_model_architecture("transformer_evomoe", "transformer_evomoe")

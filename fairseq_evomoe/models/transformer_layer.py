@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fairseq.distributed import fsdp_wrap
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
@@ -66,10 +66,12 @@ class _ReplacedFFN(_Numbered):
     """Mixin: build the layer as fairseq does, then replace its FFN by `build_ffn`'s module."""
 
     side: str
-    activation_fn: Callable[[Tensor], Tensor]
-    activation_dropout_module: Any
-    moe_layer: EvoMoELayer
-    memory_ffn: nn.Module
+    if TYPE_CHECKING:
+        # torch.jit, which reads annotations at run time, knows no such types
+        activation_fn: Callable[[Tensor], Tensor]
+        activation_dropout_module: Any
+        moe_layer: EvoMoELayer
+        memory_ffn: nn.Module
 
     def __init__(self, cfg: Any, index: int, *args: Any, dictionary: Any, **kwargs: Any) -> None:
         super().__init__(cfg, index, *args, **kwargs)

@@ -19,7 +19,7 @@ from torch import nn
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.memory.config import MemoryConfig
-from fairseq_evomoe.models.stacks import EvoMoEDecoder, configure, memory_defaults, moe_defaults
+from fairseq_evomoe.models.stacks import build_decoder, configure, memory_defaults, moe_defaults
 from fairseq_evomoe.options import option
 
 
@@ -95,7 +95,7 @@ class TransformerLMEvoMoEModel(TransformerLanguageModel):
             )
         cfg = configure(args, "decoder")
         embed_tokens = cls._embed(args, task.source_dictionary)
-        decoder = EvoMoEDecoder(
+        decoder = build_decoder(
             *(cfg, task.target_dictionary, embed_tokens),
             reads=task.source_dictionary,
             no_encoder_attn=True,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
+from fairseq_evomoe.modules.torchscript import NotScriptable
 from fairseq_evomoe.parallel.exchange import exchange
 from fairseq_evomoe.parallel.mesh import Shard
 
@@ -32,7 +33,7 @@ class Part:
     axis: int | None = None
 
 
-class Bank(nn.Module):
+class Bank(NotScriptable):
     """E experts of one kind with stacked parameters. Expert 0 is the base expert.
 
     Attributes:

@@ -16,10 +16,11 @@ from fairseq_evomoe.modules.loading import explain_mismatch, keep_local_experts
 from fairseq_evomoe.modules.plan import Phase, TokenBatch, put_back, real_rows
 from fairseq_evomoe.modules.split import Split, SplitRule
 from fairseq_evomoe.modules.timeline import Timeline
+from fairseq_evomoe.modules.torchscript import NotScriptable
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage
 
 
-class EvoMoELayer(nn.Module):
+class EvoMoELayer(NotScriptable):
     """Gate and experts through the stages of EvoMoE (arXiv 2112.14397).
 
     1. In the stage DIVERSIFY the base expert runs alone on every position. The layer then equals a
@@ -54,6 +55,7 @@ class EvoMoELayer(nn.Module):
         Args:
             tokens: the tokens behind the states; None means that all of them are real.
         """
+        self.refuse_tracing()
         self._check_scheduled()
         phase = self.timeline.phase
         about: dict[str, Any] = {"gate": self.gate, "phase": phase, "name": self.name}

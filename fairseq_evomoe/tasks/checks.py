@@ -46,6 +46,23 @@ def check_machine(flags: EvolutionConfig) -> None:
         logger.warning("--fp16: CPUs have no fast fp16 products; use --bf16, or fp32")
 
 
+def check_workers(model: Any) -> None:
+    """Refuse flags of a model with which workers would wait for each other, or mix their layers.
+
+    Raises:
+        ValueError: names the flag and the fix.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1 or not getattr(model, "moe_balance_all_ranks", False):
+        return
+    for side in ("encoder", "decoder"):
+        if getattr(model, f"{side}_layerdrop", 0) > 0:
+            raise ValueError(
+                f"--{side}-layerdrop: not with --moe-balance-all-ranks on several workers: each "
+                "drops other layers, and their loads would be added up; leave out one of the two"
+            )
+
+
 def check_criterion(criterion: Any, gate: Gate) -> None:
     """Refuse a criterion without a loss that the gate needs; warn of one without any.
 

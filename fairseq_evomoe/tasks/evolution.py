@@ -19,7 +19,13 @@ from fairseq_evomoe.old_names import upgrade_values
 from fairseq_evomoe.parallel import checkpoints
 from fairseq_evomoe.parallel.mesh import distributing
 from fairseq_evomoe.schedule import Stage
-from fairseq_evomoe.tasks.checks import check_criterion, check_machine, expert_mesh, schedule_of
+from fairseq_evomoe.tasks.checks import (
+    check_criterion,
+    check_machine,
+    check_workers,
+    expert_mesh,
+    schedule_of,
+)
 from fairseq_evomoe.tasks.splitting import split_when_due
 from fairseq_evomoe.tasks.unused import setting_of, unused, unused_losses
 
@@ -47,6 +53,7 @@ class EvolutionMixin:
         if not from_checkpoint:
             upgrade_values(self.flags, warn=True)
             check_machine(self.flags)
+            check_workers(cfg)
         with distributing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
             model = super().build_model(cfg, from_checkpoint)
         layers, spawn = [layer for _, layer in moe_layers(model)], 0

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROWS, COLUMNS = "exp_avg_sq_row", "exp_avg_sq_col"
+"""Adafactor's second moments of a matrix: means over its columns, and over its rows."""
+
 
 class OptimizerViews:
     """Views into a fairseq optimizer's state, in the shape of the model's parameters.
@@ -63,13 +66,21 @@ class OptimizerViews:
         lacks one of the last two axes (Adafactor: exp_avg_sq_row, exp_avg_sq_col).
         """
         home, offset = self._home.get(parameter, (parameter, None))
-        factored: set[tuple[int, ...]] = set()
-        if home.dim() > 2 and offset is None:
-            factored = {tuple(home.shape[:-1]), (*home.shape[:-2], home.shape[-1])}
-        for value in self.inner.state.get(home, {}).values():
+        for key, value in self.inner.state.get(home, {}).items():
             if not isinstance(value, Tensor):
                 continue
             if value.shape == home.shape:
                 yield self._view(value, offset, parameter)
-            elif tuple(value.shape) in factored:
+            elif key == ROWS or (key == COLUMNS and home.dim() > 2):
                 yield value
+
+    def mean_over_base(self, parameter: nn.Parameter) -> None:
+        """Turn what Adafactor keeps as a mean over all experts into the base expert's own value.
+
+        Its column means of a stacked bias (E, H) run over the experts. Until the split only the
+        base has had gradients, so the mean is its value divided by E.
+        """
+        home, _ = self._home.get(parameter, (parameter, None))
+        columns = self.inner.state.get(home, {}).get(COLUMNS)
+        if columns is not None and home.dim() == 2:
+            columns.mul_(len(home))

@@ -45,6 +45,8 @@ def split_when_due(
         before = None if x is None else experts.eval().run_base(x).detach()
         split = layer.split(rule, seed=flags.seed)
         split.apply(experts, master=views.master, moments=views.moments)
+        for parameter in experts.parameters():
+            views.mean_over_base(parameter)
         layer.set_split(True)
         experts.train(layer.training)
         if x is not None and before is not None:

@@ -91,22 +91,6 @@ def test_split_writes_weights_masters_and_moments(toy, kind, mode, monkeypatch):
         assert torch.equal(views.master(parameter).to(parameter.dtype), parameter)
 
 
-def test_split_of_factored_moments(toy):
-    """Adafactor's factored second moments are split by expert, like Adam's."""
-    cfg, task, model = build(
-        toy, "--evo-spawn-update", 5, "--evo-diversify", "copy", "--optimizer", "adafactor"
-    )
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.build_optimizer(cfg.optimizer, params)
-    step(optimizer, model)
-    split_when_due(model, optimizer, task.flags, 5)
-    (_, layer), *_ = moe_layers(model)
-    state = optimizer.optimizer.state[layer.experts.w1]
-    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
-        assert state[name].size(0) == 4 and state[name][0].abs().sum() > 0
-        assert torch.equal(state[name], state[name][:1].expand_as(state[name])), name
-
-
 def test_copy_split_leaves_the_output_unchanged(toy):
     """With identical copies and weights that sum to 1, the output is that of before the split."""
     _, task, model = build(toy, "--evo-spawn-update", 5, "--evo-diversify", "copy")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fairseq_evomoe.config import EvolutionConfig, MoEConfig
 from fairseq_evomoe.modules import losses
 from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
+from fairseq_evomoe.modules.torchscript import NotScriptable
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve_schedule
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class GateContext:
         return len(self.dictionary)
 
 
-class Gate(nn.Module):
+class Gate(NotScriptable):
     """A rule that decides which experts see a token, and with which weights.
 
     Everything that the package needs to know about a gate is in its class: which flags it has, how

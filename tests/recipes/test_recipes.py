@@ -113,7 +113,7 @@ def test_unequal_files_are_refused(tmp_path):
     (tmp_path / "t.de").write_text("a\n")
     with pytest.raises(SystemExit, match="2 en lines but 1 de lines"):
         list(clean.read_pairs(str(tmp_path / "t"), "en", "de"))
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(SystemExit, match="does not exist"):
         list(clean.read_pairs(str(tmp_path / "u"), "en", "de"))
 
 

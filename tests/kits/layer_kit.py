@@ -13,12 +13,12 @@ SCHEDULE = EvolutionSchedule(spawn=4, anneal=4, hard=12, start=2.0, end=0.5)
 PAD = 1
 
 
-def layer(schedule=SCHEDULE, n=0, has_split=None, name="encoder.1", **flags):
+def layer(schedule=SCHEDULE, n=0, has_split=None, name="encoder.1", dictionary=None, **flags):
     """An MoE layer of width D with E experts after n updates."""
     torch.manual_seed(2)
     cfg = MoEConfig(moe_freq=1, moe_expert_count=E, **flags)
     dense = DenseFFN(fc1=nn.Linear(D, H), fc2=nn.Linear(H, D), activation=F.relu)
-    made = build_moe_layer(cfg, None, name, dense=dense)
+    made = build_moe_layer(cfg, None, name, dense=dense, dictionary=dictionary)
     if schedule is not None:
         made.set_schedule(schedule)
     made.set_num_updates(n)

@@ -310,6 +310,14 @@ def prune_rows(
             state[prefix + name] = state[prefix + name][experts].clone()
 
 
+def sigmoid(logits: Tensor) -> Tensor:
+    """The sigmoid of float32 logits, whose last bit does not depend on a token's place.
+
+    torch computes the last few elements of a tensor by other instructions than the rest.
+    """
+    return torch.sigmoid(logits.double()).float()
+
+
 def mask_of(expert: Tensor, experts: int) -> Tensor:
     """Turn one expert per token into a mask: (T,) int64 -> (T, E) bool."""
     mask = torch.zeros(len(expert), experts, dtype=torch.bool, device=expert.device)

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.kernels.gate.rule import top_k_mask
-from fairseq_evomoe.modules.gates.base import GateContext, ScoreGate, mask_of, register_gate
+from fairseq_evomoe.modules.gates.base import (
+    GateContext,
+    ScoreGate,
+    mask_of,
+    register_gate,
+    sigmoid,
+)
 from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import Stage
 
@@ -53,7 +59,7 @@ class BaseGate(ScoreGate):
             active = mask_of(balanced_assignment(logits.detach()), logits.size(1))
         else:
             active = top_k_mask(logits, 1)
-        weights, probs = torch.sigmoid(logits) * active, logits.softmax(-1)
+        weights, probs = sigmoid(logits) * active, logits.softmax(-1)
         return RoutingPlan(weights=weights, active=active, probs=probs, logits=logits, max_active=1)
 
     def balance_loss(self, plan: RoutingPlan, load: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fairseq_evomoe.modules.gates.base import (
     mask_of,
     prune_rows,
     register_gate,
+    sigmoid,
 )
 from fairseq_evomoe.modules.plan import Phase, RoutingPlan, TokenBatch
 from fairseq_evomoe.schedule import EvolutionSchedule, Stage, resolve_schedule
@@ -94,7 +95,7 @@ class StableGate(ScoreGate):
         else:
             active = top_k_mask(logits, 1)
             distill_loss = self._distill(active, tokens) if self.training else None
-        weights, probs = torch.sigmoid(logits) * active, logits.softmax(-1)
+        weights, probs = sigmoid(logits) * active, logits.softmax(-1)
         return RoutingPlan(
             weights=weights,
             active=active,

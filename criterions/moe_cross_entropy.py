@@ -8,6 +8,7 @@ from fairseq.criterions.cross_entropy import (
     CrossEntropyCriterionConfig,
 )
 
+from fairseq_evomoe.criterions.output_loss import OutputLossMixin
 from fairseq_evomoe.criterions.routing_metrics import RoutingLossConfig, RoutingMixin
 
 
@@ -17,5 +18,5 @@ class MoECrossEntropyConfig(RoutingLossConfig, CrossEntropyCriterionConfig):
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
-class MoECrossEntropyCriterion(RoutingMixin, CrossEntropyCriterion):
+class MoECrossEntropyCriterion(RoutingMixin, OutputLossMixin, CrossEntropyCriterion):
     """Cross entropy. In the logs, `loss` is the task loss alone, as for a dense model."""

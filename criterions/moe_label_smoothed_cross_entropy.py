@@ -8,6 +8,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 
+from fairseq_evomoe.criterions.output_loss import OutputLossMixin
 from fairseq_evomoe.criterions.routing_metrics import RoutingLossConfig, RoutingMixin
 
 
@@ -17,5 +18,7 @@ class MoELabelSmoothedConfig(RoutingLossConfig, LabelSmoothedCrossEntropyCriteri
 
 
 @register_criterion("moe_label_smoothed_cross_entropy", dataclass=MoELabelSmoothedConfig)
-class MoELabelSmoothedCrossEntropyCriterion(RoutingMixin, LabelSmoothedCrossEntropyCriterion):
+class MoELabelSmoothedCrossEntropyCriterion(
+    RoutingMixin, OutputLossMixin, LabelSmoothedCrossEntropyCriterion
+):
     """Label-smoothed cross entropy. In the logs, `loss` is the task loss, as for a dense model."""

@@ -1,4 +1,4 @@
-"""Generated cases: flags build a model or are refused by name; any order of calls gives one result."""
+"""Generated cases: flags build or are refused by name; any order of calls gives one result."""
 
 import copy
 import pickle

@@ -16,6 +16,7 @@ from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from fairseq.trainer import Trainer
+from omegaconf import open_dict
 
 from fairseq_evomoe.compat.patching import patch
 from fairseq_evomoe.old_names import warn_of_old_names
@@ -157,6 +158,24 @@ def own_weight_decay(original: Any) -> Any:
         return optimizer
 
     return build_optimizer
+
+
+@patch(Trainer, "__init__", test="tests/tasks/test_precision.py")
+def leave_mixed_precision_to_the_task(original: Any) -> Any:
+    """Train without a loss scale under `--amp` on a CPU, where it means bfloat16.
+
+    fairseq's `--amp` knows CUDA's float16 alone. This package's tasks run the criterion under
+    torch's autocast for CPUs instead.
+    """
+
+    def __init__(self: Any, cfg: Any, task: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        common = getattr(cfg, "common", cfg)
+        if common.amp and getattr(task, "autocasts_on_cpu", False):
+            with open_dict(common):
+                common.amp = False
+        original(self, cfg, task, *args, **kwargs)
+
+    return __init__
 
 
 @contextmanager

@@ -31,19 +31,24 @@ def schedule_of(flags: EvolutionConfig, gate: Gate) -> EvolutionSchedule:
     return gate.schedule(flags)
 
 
+def on_cpu(flags: EvolutionConfig) -> bool:
+    """Whether the model will train on a CPU."""
+    return bool(flags.cpu) or not torch.cuda.is_available()
+
+
 def check_machine(flags: EvolutionConfig) -> None:
     """Refuse flags that cannot work on this machine, which fairseq would notice late or never.
 
     Raises:
         ValueError: names the flag and the fix.
     """
-    if flags.fp16 and (flags.cpu or not torch.cuda.is_available()):
+    if flags.fp16 and on_cpu(flags):
         if not (flags.fp16_no_flatten_grads or flags.memory_efficient_fp16):
             raise ValueError(
-                "--fp16: fairseq keeps flattened fp32 weights on GPUs only; on a CPU give --bf16 "
-                "instead, or add --fp16-no-flatten-grads"
+                "--fp16: fairseq keeps flattened fp32 weights on GPUs only; on a CPU give --amp "
+                "or --bf16 instead, or add --fp16-no-flatten-grads"
             )
-        logger.warning("--fp16: CPUs have no fast fp16 products; use --bf16, or fp32")
+        logger.warning("--fp16: CPUs have no fast fp16 products; use --amp or --bf16, or fp32")
 
 
 def check_workers(model: Any) -> None:

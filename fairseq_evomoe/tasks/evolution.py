@@ -24,6 +24,7 @@ from fairseq_evomoe.tasks.checks import (
     check_machine,
     check_workers,
     expert_mesh,
+    on_cpu,
     schedule_of,
 )
 from fairseq_evomoe.tasks.splitting import split_when_due
@@ -43,6 +44,8 @@ class EvolutionMixin:
     args: Any
     can_reuse_epoch_itr: Callable[[Any], bool]
     _gate: Gate | None = None
+    autocasts_on_cpu = False
+    """Whether the criterion runs under torch's autocast to bfloat16: `--amp` on a CPU."""
 
     @property
     def flags(self) -> EvolutionConfig:
@@ -53,6 +56,7 @@ class EvolutionMixin:
         if not from_checkpoint:
             upgrade_values(self.flags, warn=True)
             check_machine(self.flags)
+            self.autocasts_on_cpu = bool(self.flags.amp) and on_cpu(self.flags)
             check_workers(cfg)
         with distributing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
             model = super().build_model(cfg, from_checkpoint)
@@ -98,6 +102,8 @@ class EvolutionMixin:
     ) -> Any:
         if next(model.parameters()).device.type == "cpu":
             keep_freed_memory()
+        if self.autocasts_on_cpu:
+            criterion = _under_autocast(criterion)
         split_when_due(model, optimizer, self.flags, update_num, sample)
         if self._gate is None or not self._gate.cfg.moe_balance_bias:
             return super().train_step(
@@ -147,6 +153,16 @@ class EvolutionMixin:
             update_epoch_batch_itr=update_epoch_batch_itr,
             **kwargs,
         )
+
+
+def _under_autocast(criterion: Any) -> Callable[[Any, Any], Any]:
+    """A criterion whose forward pass, but not the backward pass after it, runs in bfloat16."""
+
+    def run(model: Any, sample: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return criterion(model, sample)
+
+    return run
 
 
 class LoadOfUpdate:

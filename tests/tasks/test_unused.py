@@ -119,7 +119,7 @@ def test_memory_layers_beyond_the_last_are_refused(toy):
 
 def test_fp16_on_a_cpu(toy, caplog):
     """Flattened masters are refused with the flag to use; without them a warning is given."""
-    with pytest.raises(ValueError, match="on a CPU give --bf16 instead, or add --fp16-no-flatten"):
+    with pytest.raises(ValueError, match="on a CPU give --amp or --bf16 instead, or add"):
         build(toy, *DENSE, "--cpu", "--fp16")
     build(toy, *DENSE, "--cpu", "--fp16", "--fp16-no-flatten-grads")
     assert "CPUs have no fast fp16 products" in caplog.text

@@ -1,0 +1,79 @@
+"""--amp on a CPU: bfloat16 products, float32 weights, router and loss; exact resume."""
+
+import pytest
+import torch
+from conftest import FAMILIES, train, train_args
+from torch import nn
+
+from fairseq_evomoe.criterions import moe_cross_entropy
+from fairseq_evomoe.modules.gates.base import ScoreGate
+
+STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-hard-update", 9)
+KINDS = {
+    "dense": ("--moe-freq", 0),
+    "evomoe": STAGES,
+    "switch": ("--moe-gate", "switch"),
+    "memoryformer": ("--moe-freq", 0, "--memory-ffn", "--memory-attention", "--memory-bits", 4),
+    "memory experts": (*STAGES, "--moe-expert-type", "memory", "--memory-bits", 4),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curve_is_that_of_float32(toy, tmp_path, kind, family):
+    """Twenty updates lose as much as in float32 to a few hundredths; weights stay float32."""
+    flags = (*KINDS[kind], "--dropout", 0, "--max-update", 20)
+    plain = train(*train_args(toy, tmp_path / "plain", *flags, family=family))
+    mixed = train(*train_args(toy, tmp_path / "mixed", *flags, "--amp", family=family))
+    assert [r["num_updates"] for r in mixed] == list(range(1, 21))
+    assert mixed[0]["loss"] == pytest.approx(plain[0]["loss"], abs=0.02)
+    assert mixed[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.15)
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=False)["model"]
+        for name in ("plain", "mixed")
+    )
+    assert {n: v.dtype for n, v in one.items()} == {n: v.dtype for n, v in other.items()}
+
+
+def test_what_runs_in_which_dtype(toy, tmp_path, monkeypatch):
+    """Linear layers multiply in bfloat16, routers get and make float32, and so does the loss."""
+    seen = {"linear": set(), "logits": set(), "loss": set()}
+    linear, route = nn.Linear.forward, ScoreGate.forward
+    forward = moe_cross_entropy.MoECrossEntropyCriterion.forward
+
+    def keep_linear(self, x):
+        y = linear(self, x)
+        seen["linear"].add(y.dtype)
+        return y
+
+    def keep_plan(self, *args, **kwargs):
+        plan = route(self, *args, **kwargs)
+        seen["logits"].add(plan.probs.dtype)
+        return plan
+
+    def keep_loss(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        seen["loss"].add(found[0].dtype)
+        return found
+
+    monkeypatch.setattr(nn.Linear, "forward", keep_linear)
+    monkeypatch.setattr(ScoreGate, "forward", keep_plan)
+    monkeypatch.setattr(moe_cross_entropy.MoECrossEntropyCriterion, "forward", keep_loss)
+    flags = ("--moe-gate", "switch", "--amp", "--max-update", 2)
+    train(*train_args(toy, tmp_path, *flags, family="lm"))
+    assert seen == {
+        "linear": {torch.bfloat16},
+        "logits": {torch.float32},
+        "loss": {torch.float32},
+    }
+
+
+def test_resume_is_exact(toy, tmp_path):
+    """A run that stops and resumes gives the curve of one that does not, across the split."""
+    flags = (*STAGES, "--amp", "--max-update", 12)
+    whole = train(*train_args(toy, tmp_path / "whole", *flags))
+    first = train(*train_args(toy, tmp_path / "half", *flags, "--save-interval-updates", 3))
+    (saved,) = (tmp_path / "half").glob("checkpoint_*_3.pt")
+    rest = train(*train_args(toy, tmp_path / "rest", *flags, "--restore-file", saved))
+    assert [r["loss"] for r in first] == [r["loss"] for r in whole]
+    assert [r["loss"] for r in rest] == [r["loss"] for r in whole[3:]]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_evomoe.config import EvolutionConfig
+from fairseq_evomoe.kernels.attention import fast_attention
 from fairseq_evomoe.kernels.pages import keep_freed_memory
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
@@ -102,8 +103,7 @@ class EvolutionMixin:
     ) -> Any:
         if next(model.parameters()).device.type == "cpu":
             keep_freed_memory()
-        if self.autocasts_on_cpu:
-            criterion = _under_autocast(criterion)
+            criterion = _fast_on_cpu(criterion, autocast=self.autocasts_on_cpu)
         split_when_due(model, optimizer, self.flags, update_num, sample)
         if self._gate is None or not self._gate.cfg.moe_balance_bias:
             return super().train_step(
@@ -155,11 +155,14 @@ class EvolutionMixin:
         )
 
 
-def _under_autocast(criterion: Any) -> Callable[[Any, Any], Any]:
-    """A criterion whose forward pass, but not the backward pass after it, runs in bfloat16."""
+def _fast_on_cpu(criterion: Any, *, autocast: bool) -> Callable[[Any, Any], Any]:
+    """A criterion whose forward pass, but not the backward pass after it, has fast attention.
+
+    With `autocast` it runs in bfloat16 too.
+    """
 
     def run(model: Any, sample: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_attention(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return criterion(model, sample)
 
     return run

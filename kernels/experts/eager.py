@@ -43,8 +43,10 @@ def grouped_ffn(
     Raises:
         ValueError: the pairs do not add up.
     """
-    weight, token, counts = pairs
     check_pairs(x, experts, pairs)
+    if x.dtype == torch.bfloat16:
+        pairs = filled_up(pairs)
+    weight, token, counts = pairs
     return _GroupedFFN.apply(
         x, *experts, weight.to(x.dtype), token, tuple(counts), activation, dropout
     )
@@ -63,6 +65,24 @@ def check_pairs(x: Tensor, experts: ExpertWeights, pairs: Pairs) -> None:
             f"{expected} pairs, but counts sum to {sum(counts)} and there are {weight.numel()} "
             "weights"
         )
+
+
+def filled_up(pairs: Pairs, multiple: int = 32) -> Pairs:
+    """Fill the rows of each expert up to a multiple, with pairs of token 0 of weight 0.
+
+    oneDNN, which multiplies bfloat16 on CPUs, compiles code for each number of rows that it meets.
+    An expert's number of rows is another one in every step, so most products would wait for it.
+    """
+    weight, token, counts = pairs
+    if token is None:
+        return pairs
+    tokens, weights, start = [], [], 0
+    for n in counts:
+        more = -n % multiple
+        tokens += [token[start : start + n], token.new_zeros(more)]
+        weights += [weight[start : start + n], weight.new_zeros(more)]
+        start += n
+    return Pairs(torch.cat(weights), torch.cat(tokens), [n + -n % multiple for n in counts])
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

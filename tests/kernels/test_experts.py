@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.experts import pairs, reference
+from fairseq_evomoe.kernels.experts.eager import filled_up
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
 from fairseq_evomoe.kernels.experts.serve import run_pairs
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Pairs, Routing
@@ -44,6 +45,29 @@ def test_grouped_ffn(case, activation, backend_name, force):
     for a, b, leaf in zip(have, want, leaves, strict=True):
         zero = torch.zeros_like(leaf)
         assert torch.allclose(zero if a is None else a, zero if b is None else b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_groups_filled_up_to_few_sizes(case):
+    """Pairs of weight 0 that fill up the groups change no output and no gradient."""
+    *sizes, density, empty = case
+    x, w, active, gate = problem(*sizes, density, empty=empty)
+    expert, token = active.t().nonzero(as_tuple=True)
+    counts = torch.bincount(expert, minlength=active.size(1)).tolist()
+    plain = lambda: Pairs(gate[token, expert], token, counts)
+    filled = filled_up(plain(), multiple=4)
+    assert all(n % 4 == 0 and n - m < 4 for n, m in zip(filled.counts, counts, strict=True))
+    assert [n == 0 for n in filled.counts] == [n == 0 for n in counts]
+    run = lambda pairs: run_pairs(x, ExpertWeights(*w), pairs, activation=F.relu)
+    want, have = run(plain()), run(filled)
+    assert torch.allclose(have, want)
+    direction, leaves = torch.randn_like(want), [x, *w, gate]
+    for a, b in zip(
+        torch.autograd.grad(have, leaves, direction),
+        torch.autograd.grad(want, leaves, direction),
+        strict=True,
+    ):
+        assert torch.allclose(a, b)
 
 
 def test_dense_form_equals_sparse_form():

@@ -1,0 +1,145 @@
+"""Whole training updates beside fairseq's own model and criterion, in float32 and bfloat16.
+
+    python -m benchmarks.speed.training --task lm --data BIN --csv benchmarks/results/training.csv
+
+What is timed is one update (forward, backward, clip, Adam) by fairseq's Trainer, with this
+package's tasks and criterions or with fairseq's own (`stock`). Models take turns in every round, on
+the same batches. Medians over the rounds are reported, each also as a ratio of words/s to stock in
+float32. MoE layers are in their last stage, with routers of unit scale that spread the tokens.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
+
+from benchmarks.quality.tasks import USER_DIR
+from benchmarks.speed.timing import append, interleave, machine, milliseconds, ratios
+from fairseq_evomoe.modules.moe_layer import moe_layers
+
+FIELDS = (
+    "task case arithmetic words_per_s ratio_to_stock ratio_p20 ratio_p80 ratio_to_dense "
+    "rounds threads device torch date"
+).split()
+
+WIDTH = ("embed-dim", 128), ("ffn-embed-dim", 512), ("attention-heads", 4)
+LM = (
+    *("--tokens-per-sample", 256, "--share-decoder-input-output-embed", "--decoder-layers", 4),
+    *(x for name, n in WIDTH for x in (f"--decoder-{name}", n)),
+    # without them fairseq's own model makes its output layer 512 wide
+    *("--decoder-output-dim", 128, "--decoder-input-dim", 128),
+)
+TRANSLATION = (
+    *("--share-all-embeddings", "--encoder-layers", 3, "--decoder-layers", 3),
+    *(x for name, n in WIDTH for side in ("encoder", "decoder") for x in (f"--{side}-{name}", n)),
+    *("--label-smoothing", 0.1),
+)
+SETUPS = {
+    "lm": {
+        "stock": ("--task", "language_modeling", "--arch", "transformer_lm", *LM),
+        "ours": ("--task", "language_modeling_evomoe", "--arch", "transformer_lm_evomoe", *LM),
+        "criterion": "cross_entropy",
+    },
+    "translation": {
+        "stock": ("--task", "translation", "--arch", "transformer", *TRANSLATION),
+        "ours": ("--task", "translation_evomoe", "--arch", "transformer_evomoe", *TRANSLATION),
+        "criterion": "label_smoothed_cross_entropy",
+    },
+}
+DENSE = ("--moe-freq", 0)
+MOE = ("--moe-freq", 2, "--moe-expert-count", 8, "--evo-spawn-update", 0)
+CASES = {
+    "dense": DENSE,
+    "switch": (*MOE, "--moe-gate", "switch"),
+    "dts": (*MOE, "--moe-gate", "dts", "--dts-hard-update", 1),
+    "memoryformer": (*DENSE, "--memory-ffn", "--memory-attention", "--memory-bits", 4),
+}
+ARITHMETIC = {"float32": (), "bf16": ("--bf16",), "amp": ("--amp",)}
+
+
+class Run:
+    """A trainer with its own model, which repeats the same batches."""
+
+    def __init__(self, argv: list[Any], batches: int) -> None:
+        parser = options.get_training_parser()
+        args = options.parse_args_and_arch(parser, [str(a) for a in argv])
+        cfg = convert_namespace_to_omegaconf(args)
+        utils.set_torch_seed(1)
+        task = tasks.setup_task(cfg.task)
+        model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+        self.trainer = Trainer(cfg, task, model, criterion)
+        task.load_dataset("train")
+        iterator = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
+        self.trainer.begin_epoch(1)
+        self.batches = list(itertools.islice(iterator.next_epoch_itr(shuffle=False), batches))
+        self.words = sum(int(b["ntokens"]) for b in self.batches)
+        for _, layer in moe_layers(model):
+            layer.set_split(True)
+            torch.nn.init.normal_(layer.gate.weight)
+
+    def __call__(self) -> None:
+        for batch in self.batches:
+            self.trainer.train_step([batch])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=SETUPS, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="binarised by fairseq-preprocess")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--arithmetic", nargs="+", choices=ARITHMETIC, default=["float32", "amp"])
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--batches", type=int, default=2, help="updates per round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    setup = SETUPS[args.task]
+
+    def run(kind: str, *flags: Any, criterion: str) -> Run:
+        common = ("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", 1e-3)
+        common += ("--clip-norm", 1, "--max-update", 10**6, "--cpu", "--num-workers", 0)
+        common += ("--max-tokens", args.max_tokens, "--criterion", criterion)
+        argv = [args.data, "--user-dir", USER_DIR, *setup[kind], *common, *flags]
+        return Run(argv, args.batches)
+
+    runs = {("stock", "float32"): run("stock", criterion=setup["criterion"])}
+    if "bf16" in args.arithmetic:
+        runs["stock", "bf16"] = run("stock", "--bf16", criterion=setup["criterion"])
+    for case, arithmetic in itertools.product(args.cases, args.arithmetic):
+        flags = (*CASES[case], *ARITHMETIC[arithmetic])
+        runs[case, arithmetic] = run("ours", *flags, criterion=f"moe_{setup['criterion']}")
+    times = interleave({f"{c} {a}": r for (c, a), r in runs.items()}, args.rounds)
+    rows = []
+    for (case, arithmetic), r in runs.items():
+        name = f"{case} {arithmetic}"
+        to_stock = ratios(times, "stock float32", name)
+        dense = f"dense {arithmetic}"
+        rows.append(
+            {
+                "task": args.task,
+                "case": case,
+                "arithmetic": arithmetic,
+                "words_per_s": round(1e3 * r.words / milliseconds(times[name])),
+                "ratio_to_stock": to_stock["ratio_p50"],
+                "ratio_p20": to_stock["ratio_p20"],
+                "ratio_p80": to_stock["ratio_p80"],
+                "ratio_to_dense": ratios(times, dense, name)["ratio_p50"] if dense in times else "",
+                "rounds": args.rounds,
+                **machine(),
+            }
+        )
+        print(rows[-1], flush=True)
+    append(args.csv, FIELDS, rows)
+
+
+if __name__ == "__main__":
+    main()

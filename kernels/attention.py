@@ -1,0 +1,116 @@
+"""Attention for training on CPUs, where torch's own is slow: bfloat16, and short sequences.
+
+torch's flash attention for CPUs passes its many small products to routines that take longer to
+start than to multiply, most of all in the backward pass of bfloat16. Two batched products and a
+softmax are faster there (benchmarks/speed/training.py), for the price of the probabilities' memory.
+
+Letters: B sequences, N heads, L queries, S keys, C width of a head.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SHORT = 64 * 64
+"""Largest number of scores per head, L S, for which products beat flash attention in float32."""
+
+_torch_attention = F.scaled_dot_product_attention
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def fast_attention() -> Iterator[None]:
+    """Within, torch's modules and functions train with `attention` where that is faster.
+
+    They look the function up in torch.nn.functional, where it is exchanged for the time of the
+    block. Other threads that compute attention meanwhile get the same results.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                F.scaled_dot_product_attention = _torch_attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """softmax(query key^T / sqrt(C) + attn_mask) value, as torch's function of the same arguments.
+
+    Args:
+        query: (B, N, L, C); key, value: (B, N, S, C).
+        attn_mask: broadcast to (B, N, L, S), added to the scores; a bool mask is False where a
+            position is left out.
+        dropout_p, is_causal, options: as in torch.
+
+    Returns:
+        (B, N, L, C), in the dtype of autocast if that is on.
+    """
+    product = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        product = torch.get_autocast_dtype(query.device.type)
+    fast = (
+        query.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and query.requires_grad
+        and query.dim() == 4
+        and not (is_causal or dropout_p or options)
+        and not (attn_mask is not None and attn_mask.requires_grad)
+        and key.shape == value.shape
+        and key.shape[:2] == query.shape[:2]
+        and (product == torch.bfloat16 or query.size(2) * key.size(2) <= SHORT)
+        and product in (torch.bfloat16, torch.float32, torch.float64)
+    )
+    if not fast:
+        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    with torch.autocast("cpu", enabled=False):
+        return _Attention.apply(*(x.to(product) for x in (query, key, value)), attn_mask)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        *batch, _, width = query.shape
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query * width**-0.5, key, value))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if scores.dtype == torch.bfloat16:
+            scores = scores.float()
+        if mask is not None:
+            shaped = scores.view(*batch, *scores.shape[1:])
+            if mask.dtype == torch.bool:
+                shaped.masked_fill_(~mask, float("-inf"))
+            else:
+                shaped += mask
+        probs = scores.softmax(-1).to(query.dtype)
+        ctx.save_for_backward(q, k, v, probs)
+        return torch.bmm(probs, v).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, probs = ctx.saved_tensors
+        batch, width = d_output.shape[:2], d_output.shape[-1]
+        d_output = d_output.reshape(q.shape)
+        d_value = torch.bmm(probs.transpose(1, 2), d_output)
+        d_probs = torch.bmm(d_output, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+        d_query = torch.bmm(d_scores, k).mul_(width**-0.5)
+        d_key = torch.bmm(d_scores.transpose(1, 2), q)
+        return (*(d.view(*batch, *d.shape[1:]) for d in (d_query, d_key, d_value)), None)

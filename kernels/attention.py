@@ -91,15 +91,14 @@ class _Attention(torch.autograd.Function):
         *batch, _, width = query.shape
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query * width**-0.5, key, value))
         scores = torch.bmm(q, k.transpose(1, 2))
-        if scores.dtype == torch.bfloat16:
-            scores = scores.float()
         if mask is not None:
             shaped = scores.view(*batch, *scores.shape[1:])
             if mask.dtype == torch.bool:
                 shaped.masked_fill_(~mask, float("-inf"))
             else:
                 shaped += mask
-        probs = scores.softmax(-1).to(query.dtype)
+        # torch computes it in float32 inside
+        probs = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, probs)
         return torch.bmm(probs, v).view(query.shape)
 

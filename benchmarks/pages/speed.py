@@ -148,6 +148,30 @@ def decode(rows: list[Row]) -> str:
     return table([*head, "look-ups for the FFNs only"], lines) + "\n"
 
 
+def training(rows: list[Row]) -> str:
+    """Words/s of whole updates, over fairseq's own model in float32 and over our dense model.
+
+    Of a case that was measured in several runs, the range of the ratios is shown.
+    """
+    out = []
+    for machine, mine in grouped(rows, lambda r: f"{r['device']}, torch {r['torch']}").items():
+        at = grouped(mine, lambda r: f"{r['task']} {r['case']} {r['arithmetic']}")
+        lines = []
+        for found in at.values():
+            first = found[0]
+            cells = [first["task"], first["case"], first["arithmetic"]]
+            for key in ("ratio_to_stock", "ratio_to_dense"):
+                values = sorted({short(r[key]) for r in found if r[key]})
+                cells.append(" to ".join(dict.fromkeys((values[0], values[-1]))) if values else "")
+            cells.append(f"{max(int(r['words_per_s']) for r in found):,}")
+            lines.append(cells)
+        threads = mine[0]["threads"]
+        head = ["task", "model", "arithmetic", "over stock float32", "over our dense model"]
+        title = f"**{machine}, {threads} thread{'s' * (threads != '1')}**"
+        out.append(f"{title}\n\n" + table([*head, "most words/s"], lines) + "\n")
+    return "\n".join(out)
+
+
 def cost(rows: list[Row]) -> str:
     """The table in README, for 4096 tokens and 8 experts on a CPU."""
     on = [r for r in rows if (r["tokens"], r["experts"]) == ("4096", "8") and on_cpu(r)]
@@ -220,6 +244,7 @@ def places() -> list[tuple[Path, str, str]]:
     return [
         (ROOT / "README.md", "cost", cost(layers)),
         (PAGE, "layer", layer(layers)),
+        (PAGE, "training", training(read(RESULTS / "training.csv"))),
         (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
         (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
         (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),

@@ -8,7 +8,15 @@ No patch turns off torch's checks on what a checkpoint may contain. docs/compat.
 import atexit
 import warnings
 
-from fairseq_evomoe.compat import averages, batches, expert_parallel, running, saving, words
+from fairseq_evomoe.compat import (
+    averages,
+    batches,
+    expert_parallel,
+    masters,
+    running,
+    saving,
+    words,
+)
 from fairseq_evomoe.compat.patching import PATCHES
 
 _NOISE = (
@@ -20,7 +28,7 @@ _NOISE = (
     "'pin_memory' argument is set as true",
 )
 
-__all__ = ["apply_patches", "averages", "expert_parallel", "running", "words"]
+__all__ = ["apply_patches", "averages", "expert_parallel", "masters", "running", "words"]
 
 
 def apply_patches() -> None:

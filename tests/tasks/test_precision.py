@@ -68,12 +68,40 @@ def test_what_runs_in_which_dtype(toy, tmp_path, monkeypatch):
     }
 
 
-def test_resume_is_exact(toy, tmp_path):
+RESUMED = {
+    "amp": ("--amp",),
+    "bf16": ("--bf16",),
+    "fp16": ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4),
+}
+
+
+@pytest.mark.parametrize("how", RESUMED)
+def test_resume_is_exact(toy, tmp_path, how):
     """A run that stops and resumes gives the curve of one that does not, across the split."""
-    flags = (*STAGES, "--amp", "--max-update", 12)
-    whole = train(*train_args(toy, tmp_path / "whole", *flags))
-    first = train(*train_args(toy, tmp_path / "half", *flags, "--save-interval-updates", 3))
-    (saved,) = (tmp_path / "half").glob("checkpoint_*_3.pt")
-    rest = train(*train_args(toy, tmp_path / "rest", *flags, "--restore-file", saved))
-    assert [r["loss"] for r in first] == [r["loss"] for r in whole]
-    assert [r["loss"] for r in rest] == [r["loss"] for r in whole[3:]]
+    flags = (*STAGES, *RESUMED[how], "--max-update", 12)
+    whole = train(*train_args(toy, tmp_path / "whole", *flags, "--save-interval-updates", 3))
+    for update in (3, 6):
+        (saved,) = (tmp_path / "whole").glob(f"checkpoint_*_{update}.pt")
+        folder = tmp_path / f"rest{update}"
+        rest = train(*train_args(toy, folder, *flags, "--restore-file", saved))
+        keep = lambda rows: [(r["loss"], r["gnorm"]) for r in rows]
+        assert keep(rest) == keep(whole[update:])
+
+
+def test_changed_weights_win_over_saved_ones(toy, tmp_path):
+    """If a tool has changed the weights in a checkpoint, the old float32 weights are not used."""
+    flags = ("--bf16", "--moe-freq", 0, "--max-update", 3)
+    train(*train_args(toy, tmp_path / "a", *flags))
+    path = tmp_path / "a/checkpoint_last.pt"
+    state = torch.load(path, weights_only=False)
+    saved = state["last_optimizer_state"]["fp32_masters"]
+    assert len(saved) > 10 and all(m.dtype == torch.float32 for m in saved)
+    for value in state["model"].values():
+        if value.is_floating_point() and value.numel() > 1:
+            value.mul_(0.5)
+    torch.save(state, path)
+    flags = ("--bf16", "--moe-freq", 0, "--max-update", 4)
+    train(*train_args(toy, tmp_path / "b", *flags, "--restore-file", path, "--lr", 1e-9))
+    after = torch.load(tmp_path / "b/checkpoint_last.pt", weights_only=False)["model"]
+    name = "encoder.layers.0.fc1.weight"
+    assert torch.equal(after[name], state["model"][name])

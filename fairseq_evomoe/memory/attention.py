@@ -5,6 +5,7 @@ from typing import Any
 
 from fairseq.modules import MultiheadAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.layer import MemoryLayer, build_norm
@@ -54,6 +55,58 @@ class MemoryAttention(MultiheadAttention):
 
     def reset_parameters(self) -> None:
         """Do nothing: the linear maps that fairseq would initialise here are not kept."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        incremental_state: Any = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Tensor | None = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in fairseq; where only the output is wanted, torch's attention computes it.
+
+        Args:
+            query: (L, B, D); key, value: (S, B, D).
+            key_padding_mask: (B, S), true at padding.
+            attn_mask: (L, S) or (B * heads, L, S), added to the scores.
+        """
+        more = need_weights or need_head_weights or before_softmax or static_kv
+        if (
+            more
+            or key is None
+            or incremental_state is not None
+            or self.bias_k is not None
+            or self.add_zero_attn
+            or self.use_xformers
+        ):
+            return super().forward(
+                *(query, key, value, key_padding_mask, incremental_state, need_weights),
+                *(static_kv, attn_mask, before_softmax, need_head_weights),
+            )
+        length, batch, width = query.shape
+        rows = (self.q_proj(query), self.k_proj(key), self.v_proj(key))
+        q, k, v = (x.view(len(x), batch, self.num_heads, -1).permute(1, 2, 0, 3) for x in rows)
+        mask = attn_mask
+        if mask is not None:
+            shape = (batch, self.num_heads) if mask.dim() == 3 else (1, 1)
+            mask = mask.view(*shape, *mask.shape[-2:]).to(q.dtype)
+        if key_padding_mask is not None:
+            pads = q.new_zeros(key_padding_mask.shape)
+            pads.masked_fill_(key_padding_mask.bool(), float("-inf"))
+            pads = pads[:, None, None]
+            mask = pads if mask is None else mask + pads
+        dropout = self.dropout_module
+        active = dropout.training or dropout.apply_during_inference
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout.p if active else 0.0
+        )
+        return self.out_proj(attended.permute(2, 0, 1, 3).reshape(length, batch, width)), None
 
     # fairseq's forward pass calls the next three in this order, within one thread.
 

@@ -173,3 +173,33 @@ def test_official_weights_that_do_not_fit():
 def test_which_layers():
     assert [flags(memory_layers="0, 2").covers(i) for i in range(3)] == [True, False, True]
     assert flags().covers(7)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.parametrize("mask", ["none", "future", "padding", "both"])
+@pytest.mark.parametrize("out", ["none", "dense", "memory"])
+def test_attention_without_weights_equals_fairseqs(kind, mask, out):
+    """Output and gradients are those of fairseq's own computation, which returns weights too."""
+    torch.manual_seed(4)
+    cfg = MemoryConfig(memory_bits=4, memory_out_proj=out)
+    places = {"self": {"self_attention": True}, "cross": {"encoder_decoder_attention": True}}
+    made = MemoryAttention(16, 2, cfg=cfg, kdim=16, vdim=16, **places[kind]).double().eval()
+    x = torch.randn(5, 3, 16, dtype=torch.float64, requires_grad=True)
+    keys = x if kind == "self" else torch.randn(7, 3, 16, dtype=torch.float64, requires_grad=True)
+    future = torch.full((5, len(keys)), float("-inf"), dtype=torch.float64).triu(1)
+    pads = torch.zeros(3, len(keys), dtype=torch.bool)
+    pads[1, -2:] = True
+    masks = {
+        "attn_mask": future if mask in ("future", "both") else None,
+        "key_padding_mask": pads if mask in ("padding", "both") else None,
+    }
+    results = []
+    for weights in (True, False):
+        made.zero_grad()
+        y, _ = made(x, keys, keys, need_weights=weights, **masks)
+        inputs = [x] if kind == "self" else [x, keys]
+        grads = torch.autograd.grad(y.square().sum(), [*inputs, *made.parameters()])
+        results.append([y, *grads])
+    for one, other in zip(*results, strict=True):
+        # fairseq takes the softmax in float32
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-5)

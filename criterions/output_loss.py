@@ -61,9 +61,9 @@ class OutputLossMixin:
     def compute_loss(self, model: Any, net_output: Any, sample: Any, reduce: bool = True) -> Any:
         if not sample["net_input"].get("features_only"):
             return super().compute_loss(model, net_output, sample, reduce=reduce)  # type: ignore[misc]
+        weight = output_weight(model)
+        assert weight is not None, "forward() asked for the states because there is a matrix"
         states, target = net_output[0], model.get_targets(sample, net_output)
         real = target.ne(self.padding_idx)
-        loss, nll = output_loss(
-            states[real], output_weight(model), target[real], smoothing=self.eps
-        )
+        loss, nll = output_loss(states[real], weight, target[real], smoothing=self.eps)
         return loss, nll if self.eps else loss

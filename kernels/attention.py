@@ -8,8 +8,7 @@ Letters: B sequences, N heads, L queries, S keys, C width of a head.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,28 +19,37 @@ SHORT = 64 * 64
 """Largest number of scores per head, L S, for which products beat flash attention in float32."""
 
 _torch_attention = F.scaled_dot_product_attention
-_lock = threading.Lock()
-_users = 0
 
 
-@contextmanager
-def fast_attention() -> Iterator[None]:
+class _Exchange:
+    """Exchanges torch's function while at least one block needs it, in whatever thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                F.scaled_dot_product_attention = _torch_attention
+
+
+_EXCHANGE = _Exchange()
+
+
+def fast_attention() -> AbstractContextManager[None]:
     """Within, torch's modules and functions train with `attention` where that is faster.
 
     They look the function up in torch.nn.functional, where it is exchanged for the time of the
     block. Other threads that compute attention meanwhile get the same results.
     """
-    global _users
-    with _lock:
-        _users += 1
-        F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                F.scaled_dot_product_attention = _torch_attention
+    return _EXCHANGE
 
 
 def attention(

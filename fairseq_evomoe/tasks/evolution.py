@@ -54,12 +54,14 @@ class EvolutionMixin:
         return self.args if getattr(self, "cfg", None) is None else self.cfg
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        mesh = None
         if not from_checkpoint:
             upgrade_values(self.flags, warn=True)
+            mesh = expert_mesh(self.flags, cfg)
+            check_workers(cfg)
             check_machine(self.flags)
             self.autocasts_on_cpu = bool(self.flags.amp) and on_cpu(self.flags)
-            check_workers(cfg)
-        with distributing(None if from_checkpoint else expert_mesh(self.flags, cfg)):
+        with distributing(mesh):
             model = super().build_model(cfg, from_checkpoint)
         layers, spawn = [layer for _, layer in moe_layers(model)], 0
         # inference takes the stage from the checkpoint, and a dense model has none

@@ -8,7 +8,9 @@ Letters: B sequences, N heads, L queries, S keys, C width of a head.
 """
 
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -41,6 +43,25 @@ class _Exchange:
 
 
 _EXCHANGE = _Exchange()
+
+
+_RECOMPUTED: ContextVar[bool] = ContextVar("recomputed", default=False)
+"""Whether this pass belongs to training though it takes no gradients."""
+
+
+@contextmanager
+def recomputed() -> Iterator[None]:
+    """Within, a pass without gradients uses what its repetition with gradients will use."""
+    token = _RECOMPUTED.set(True)
+    try:
+        yield
+    finally:
+        _RECOMPUTED.reset(token)
+
+
+def is_fast() -> bool:
+    """Whether a block of `fast_attention` is open, in this thread or in another."""
+    return F.scaled_dot_product_attention is attention
 
 
 def fast_attention() -> AbstractContextManager[None]:
@@ -77,8 +98,7 @@ def attention(
         product = torch.get_autocast_dtype(query.device.type)
     fast = (
         query.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and query.requires_grad
+        and ((torch.is_grad_enabled() and query.requires_grad) or _RECOMPUTED.get())
         and query.dim() == 4
         and not (is_causal or dropout_p or options)
         and not (attn_mask is not None and attn_mask.requires_grad)

@@ -62,7 +62,9 @@ class _OutputLoss(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             table = weight.to(product)
             d_states = torch.empty_like(states) if needs_states else None
-            d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+            d_weight = None
+            if needs_weight:
+                d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
             nll = torch.zeros((), dtype=torch.float64, device=states.device)
             smooth = nll.clone()
             for start in range(0, total, rows):
@@ -89,12 +91,12 @@ class _OutputLoss(torch.autograd.Function):
                 gradient = gradient.to(product)
                 if d_states is not None:
                     d_states[start : start + rows] = gradient @ table
-                if needs_weight:
+                if d_weight is not None:
                     if product == exact:
                         d_weight.addmm_(gradient.t(), x)
                     else:
                         d_weight += gradient.t() @ x
-        ctx.save_for_backward(d_states, d_weight if needs_weight else None)
+        ctx.save_for_backward(d_states, d_weight)
         ctx.dtype = weight.dtype
         loss = (sure * nll + rest * smooth).to(exact)
         nll = nll.to(exact)

@@ -8,17 +8,19 @@ import socket
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
+from fairseq.modules import checkpoint_activations
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from fairseq_evomoe.compat.patching import patch
+from fairseq_evomoe.kernels.attention import fast_attention, is_fast, recomputed
 from fairseq_evomoe.old_names import warn_of_old_names
 
 logger = logging.getLogger(__name__)
@@ -178,14 +180,45 @@ def leave_mixed_precision_to_the_task(original: Any) -> Any:
     return __init__
 
 
+@patch(checkpoint_activations, "_checkpointed_forward", test="tests/tasks/test_precision.py")
+def recompute_as_before(original: Any) -> Any:
+    """Recompute a layer under `--checkpoint-activations` in the arithmetic of its first pass.
+
+    fairseq recomputes outside of autocast, in float32, where a layer may route tokens differently.
+    """
+
+    def _checkpointed_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        types = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
+        dtypes = {t: torch.get_autocast_dtype(t) for t in types}
+        fast = is_fast()
+        if not (dtypes or fast):
+            return original(forward, *args, **kwargs)
+
+        def as_then(*inputs: Any, **options: Any) -> Any:
+            with ExitStack() as stack:
+                for device, dtype in dtypes.items():
+                    stack.enter_context(torch.autocast(device, dtype))
+                if fast:
+                    stack.enter_context(fast_attention())
+                    stack.enter_context(recomputed())
+                return forward(*inputs, **options)
+
+        return original(as_then, *args, **kwargs)
+
+    return _checkpointed_forward
+
+
+_CUDA = torch.Tensor.cuda
+
+
 @contextmanager
 def _cuda_changes_nothing() -> Iterator[None]:
-    original = torch.Tensor.cuda
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.Tensor.cuda = original  # type: ignore[method-assign]
+        # torch's own function, not what was there before: another thread may be in the block too
+        torch.Tensor.cuda = _CUDA  # type: ignore[method-assign]
 
 
 @patch(Trainer, "train_step", test="tests/tasks/test_bad_numbers.py")

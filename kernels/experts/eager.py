@@ -44,7 +44,7 @@ def grouped_ffn(
         ValueError: the pairs do not add up.
     """
     check_pairs(x, experts, pairs)
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         pairs = filled_up(pairs)
     weight, token, counts = pairs
     return _GroupedFFN.apply(

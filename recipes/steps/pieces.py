@@ -94,8 +94,8 @@ def main() -> None:
                 f"{name}, line {kept + 1:,},",
                 f"--{split.rstrip('0123456789')}",
                 f"has {len(row):,} pieces but the model takes {args.max_pieces:,}; shorten the "
-                "line, raise --max-source-positions and --max-target-positions, or give "
-                "--long-lines cut, which keeps the beginning of such lines",
+                "line, raise --max-source-positions, --max-target-positions or --max-tokens, or "
+                "give --long-lines cut, which keeps the beginning of such lines",
             )
         dropped[f"cut in {split}"] += 1
         return row[: args.max_pieces]

@@ -3,12 +3,14 @@
     python -m benchmarks.quality.campaign prepare --data CORPORA/lm
     python -m benchmarks.quality.campaign run --stage rates   # one seed, a third
     python -m benchmarks.quality.campaign run --stage main    # three seeds, at the best rate
+    python -m benchmarks.quality.campaign run --stage arithmetic   # --amp against fp32
     python -m benchmarks.quality.campaign table
 
 The task is causal language modelling: 4 layers of width 128, 4,000 pieces, 4,096 tokens per update,
 one pass over the text without repetition. Every run shares data, order of batches, model, optimizer
-and schedule of the learning rate; only the flags of `METHODS` and the peak rate differ. A run that
-is interrupted continues from its last checkpoint, and a run whose row exists is not repeated.
+and schedule of the learning rate; only the flags of `METHODS`, the peak rate and the arithmetic differ. A run
+that is interrupted continues from its last checkpoint, and a run whose row exists is not repeated.
+Several processes may share a stage: a run that one of them has begun is left to it.
 
 Rows go to `results/quality.csv`, the validation curves to `results/quality_curves.csv`. Losses are
 bits per piece on the validation text of all domains.
@@ -16,12 +18,15 @@ bits per piece on the validation text of all domains.
 
 import argparse
 import csv
+import fcntl
+import itertools
 import json
 import math
 import re
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece as spm
@@ -35,6 +40,7 @@ VOCABULARY = 4000
 VALIDATIONS = 8
 
 PLAIN = ("--moe-gate-token-bias", "0")
+LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-attention")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "switch": ("--moe-gate", "switch", *BALANCED),
@@ -44,12 +50,20 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hash": ("--moe-gate", "hash", "--moe-gate-loss-wt", "0"),
     "base": ("--moe-gate", "base", "--moe-gate-loss-wt", "0"),
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
+    "look-ups": (*LOOK_UPS, "--memory-score", "abs_prob", "--memory-lr-scale", "1"),
+    "look-ups prob": (*LOOK_UPS, "--memory-score", "prob"),
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""
 
 RATES = ("1.5e-3", "3e-3", "4.5e-3", "6e-3")
-STAGES = {"rates": (1333, (1,)), "main": (4000, (1, 2, 3)), "long": (12000, (1, 2, 3))}
-"""Stage -> number of updates, seeds. `rates` tries all of `RATES`, the others the best of them."""
+STAGES = {
+    "rates": (1333, (1,)),
+    "main": (4000, (1, 2, 3)),
+    "long": (12000, (1, 2, 3)),
+    "arithmetic": (1500, (1, 2, 3)),
+}
+"""Stage -> number of updates, seeds. `rates` tries all of `RATES`; `arithmetic` runs each method in
+fp32 and with `--amp`, at `RATES[2]`; the others run it at the best of the rates."""
 
 MODEL = (
     *("--task", "language_modeling_evomoe", "--tokens-per-sample", "256"),
@@ -60,7 +74,9 @@ MODEL = (
     *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "200", "--max-tokens", "4096"),
 )
 
-KEY = ("task", "method", "rate", "seed", "updates")
+ARITHMETIC: dict[str, tuple[str, ...]] = {"fp32": (), "amp": ("--amp",)}
+
+KEY = ("task", "method", "rate", "seed", "updates", "arithmetic")
 FIELDS = (
     *KEY,
     *("valid_bits", "active_experts", "load_max_mean", "dead_experts", "gnorm_max"),
@@ -128,16 +144,27 @@ def logged(log: str, kind: str) -> list[dict[str, str]]:
     return [by_update[n] for n in sorted(by_update)]
 
 
-def train(method: str, rate: str, seed: int, updates: int, args: argparse.Namespace) -> None:
-    """One run, from wherever it stopped; its row and its curve are appended at the end."""
-    key = {"task": "lm", "method": method, "rate": rate, "seed": seed, "updates": updates}
-    work = args.out / "runs" / f"{method}-{rate}-{updates}-seed{seed}"
+@contextmanager
+def claimed(work: Path) -> Iterator[bool]:
+    """Whether this process has the folder of a run for itself."""
     work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def train(key: dict[str, str], work: Path, args: argparse.Namespace) -> None:
+    """One run, from wherever it stopped; its row and its curve are appended at the end."""
+    updates = int(key["updates"])
     log, every = work / "train.log", max(1, updates // VALIDATIONS)
     run(
         *(BIN / "fairseq-train", args.out / "data/bin"),
-        *("--user-dir", USER_DIR, *MODEL, *METHODS[method]),
-        *("--lr", rate, "--seed", seed, "--max-update", updates, "--save-dir", work),
+        *("--user-dir", USER_DIR, *MODEL, *METHODS[key["method"]], *ARITHMETIC[key["arithmetic"]]),
+        *("--lr", key["rate"], "--seed", key["seed"], "--max-update", updates, "--save-dir", work),
         *("--no-epoch-checkpoints", "--save-interval-updates", every),
         *("--keep-interval-updates", 1, "--validate-interval-updates", every),
         # the texts of single domains are for evaluation after the training
@@ -177,34 +204,48 @@ def best_rate(found: list[dict[str, str]], method: str) -> str:
     return min(tried, key=lambda r: float(r["valid_bits"]))["rate"]
 
 
-def campaign(args: argparse.Namespace) -> None:
-    """Every run of a stage that has no row yet, seeds in the outer loop."""
+def planned(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """The keys of every run of a stage, seeds in the outer loop."""
     updates, seeds = STAGES[args.stage]
-    path = args.results / "quality.csv"
-    for seed in seeds:
-        for turn in range(len(RATES) if args.stage == "rates" else 1):
-            for method in args.methods:
-                found = rows(path)
-                rate = RATES[turn] if args.stage == "rates" else best_rate(found, method)
-                key = ("lm", method, rate, str(seed), str(updates))
-                if key not in {tuple(r[k] for k in KEY) for r in found}:
-                    train(method, rate, seed, updates, args)
+    rates: tuple[str, ...] = ("",)
+    arithmetics = [args.arithmetic]
+    if args.stage == "rates":
+        rates = RATES
+    elif args.stage == "arithmetic":
+        rates, arithmetics = RATES[2:3], list(ARITHMETIC)
+    for seed, given in itertools.product(seeds, rates):
+        for method, arithmetic in itertools.product(args.methods, arithmetics):
+            rate = given or best_rate(rows(args.results / "quality.csv"), method)
+            values = ("lm", method, rate, str(seed), str(updates), arithmetic)
+            yield dict(zip(KEY, values, strict=True))
+
+
+def campaign(args: argparse.Namespace) -> None:
+    """Every run of a stage that has no row yet."""
+    for key in planned(args):
+        name = "-".join((key["method"].replace(" ", "_"), key["rate"], key["updates"]))
+        if key["arithmetic"] != "fp32":
+            name += f"-{key['arithmetic']}"
+        with claimed(work := args.out / "runs" / f"{name}-seed{key['seed']}") as ours:
+            done = {tuple(r[k] for k in KEY) for r in rows(args.results / "quality.csv")}
+            if ours and tuple(key.values()) not in done:
+                train(key, work, args)
 
 
 def table(args: argparse.Namespace) -> None:
     """Validation bits: a row per method, length and rate, with the spread over seeds."""
-    groups: dict[tuple[int, str, str], list[float]] = {}
+    groups: dict[tuple[int, str, str, str], list[float]] = {}
     for r in rows(args.results / "quality.csv"):
-        groups.setdefault((int(r["updates"]), r["method"], r["rate"]), []).append(
-            float(r["valid_bits"])
-        )
-    print("| updates | method | peak rate | seeds | valid bits | standard error |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for (updates, method, rate), bits in sorted(groups.items()):
+        group = (int(r["updates"]), r["method"], r["rate"], r["arithmetic"])
+        groups.setdefault(group, []).append(float(r["valid_bits"]))
+    print("| updates | method | peak rate | arithmetic | seeds | valid bits | standard error |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (updates, method, rate, arithmetic), bits in sorted(groups.items()):
         # one run has no spread
         error = f"{statistics.stdev(bits) / math.sqrt(len(bits)):.3f}" if len(bits) > 1 else ""
         mean = statistics.mean(bits)
-        print(f"| {updates} | {method} | {rate} | {len(bits)} | {mean:.3f} | {error} |")
+        shown = (updates, method, rate, arithmetic, len(bits), f"{mean:.3f}", error)
+        print("|", " | ".join(map(str, shown)), "|")
 
 
 def main() -> None:
@@ -215,6 +256,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with <domain>/{train,valid}.txt.xz")
     parser.add_argument("--stage", choices=STAGES, default="rates")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--arithmetic", choices=ARITHMETIC, default="fp32")
     parser.add_argument("--out", type=Path, default=ROOT / "work/campaign")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

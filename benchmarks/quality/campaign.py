@@ -8,9 +8,9 @@
 
 The task is causal language modelling: 4 layers of width 128, 4,000 pieces, 4,096 tokens per update,
 one pass over the text without repetition. Every run shares data, order of batches, model, optimizer
-and schedule of the learning rate; only the flags of `METHODS`, the peak rate and the arithmetic differ. A run
-that is interrupted continues from its last checkpoint, and a run whose row exists is not repeated.
-Several processes may share a stage: a run that one of them has begun is left to it.
+and schedule of the learning rate; only the flags of `METHODS`, the peak rate and the arithmetic
+differ. A run that is interrupted continues from its last checkpoint, and a run whose row exists is
+not repeated. Several processes may share a stage: a run that one has begun is left to it.
 
 Rows go to `results/quality.csv`, the validation curves to `results/quality_curves.csv`. Losses are
 bits per piece on the validation text of all domains.

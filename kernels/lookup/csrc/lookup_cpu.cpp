@@ -1,7 +1,7 @@
 // CPU look-up for torch through its stable C++ interface, so that one build serves many versions.
 //
-// The work is done in lookup_cpu.h, which is compiled for AVX-512, for AVX2 and for any machine; the
-// argument `isa` chooses among them.
+// The work is done in lookup_cpu.h and lookup_cpu_backward.h, which are compiled for AVX-512, for AVX2
+// and for any machine; the argument `isa` chooses among them.
 
 #include <algorithm>
 #include <cmath>
@@ -82,6 +82,7 @@ void large_pages(void* from, int64_t bytes) {
 #define EVOMOE_ISA portable
 #define EVOMOE_LANES 4
 #include "lookup_cpu.h"
+#include "lookup_cpu_backward.h"
 #undef EVOMOE_ISA
 #undef EVOMOE_LANES
 
@@ -92,6 +93,7 @@ void large_pages(void* from, int64_t bytes) {
 #define EVOMOE_ISA avx2
 #define EVOMOE_LANES 8
 #include "lookup_cpu.h"
+#include "lookup_cpu_backward.h"
 #undef EVOMOE_ISA
 #undef EVOMOE_LANES
 #pragma GCC pop_options
@@ -101,6 +103,7 @@ void large_pages(void* from, int64_t bytes) {
 #define EVOMOE_ISA avx512
 #define EVOMOE_LANES 16
 #include "lookup_cpu.h"
+#include "lookup_cpu_backward.h"
 #undef EVOMOE_ISA
 #undef EVOMOE_LANES
 #pragma GCC pop_options

@@ -68,6 +68,18 @@ static inline float total(fv v) {
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
+// Sums of the lanes of V vectors, in their order. In each step, neighbouring lanes of two vectors are
+// added and become the halves of one.
+static inline fv totals(fv (&v)[V]) {
+    iv even, odd;
+    for (int i = 0; i < V; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    for (int n = V; n > 1; n /= 2)
+        for (int i = 0; i < n / 2; i++)
+            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
+                   __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+    return v[0];
+}
+
 // e^x for x <= 0, and 0 for x below -87. After range reduction to |r| <= ln(2)/2, the Taylor series is
 // evaluated up to r^7 (1e-8).
 static inline fv exp_negative(fv x) {
@@ -169,33 +181,6 @@ static void weigh(const Job& j, const float* z, float* scratch, float* p) {
         if (j.score != L1)
             for (int64_t i = 0; i < j.t; i++) product *= 1 + scratch[k * j.t + i];
         p[k] = j.score == PROB ? 1 / product : j.score == ABS_PROB ? sum / product : sum / j.t;
-    }
-}
-
-// dz of one row from dp in closed form, sign(z_i) dp/d|z_i|.
-static void hash_backward(const Job& j, const float* z, const float* p, const float* dp,
-                          float* scratch, float* dz) {
-    if (j.score != L1) confidence(z, scratch, j.K * j.t, 2 / j.temperature);
-    for (int64_t k = 0; k < j.K; k++) {
-        const float *v = z + k * j.t, *e = scratch + k * j.t;
-        float* d = dz + k * j.t;
-        float sum = 0, product = 1;
-        if (j.score == ABS_PROB)
-            for (int64_t i = 0; i < j.t; i++) {
-                sum += std::fabs(v[i]);
-                product *= 1 + e[i];
-            }
-        for (int64_t i = 0; i < j.t; i++) {
-            float slope;
-            if (j.score == L1) {
-                slope = dp[k] / j.t;
-            } else {
-                // sigmoid(-2 |z| / temperature) = e / (1 + e)
-                const float s = 2 / j.temperature * e[i] / (1 + e[i]);
-                slope = j.score == PROB ? dp[k] * p[k] * s : dp[k] / product * (1 + sum * s);
-            }
-            d[i] = v[i] >= 0 ? slope : -slope;
-        }
     }
 }
 
@@ -335,58 +320,6 @@ static void forward(const Job& j, const T* tables, int32_t* code, float* p, floa
             if (many) read_tiles<T, W, G>(j, tables, code, p, y, i * W, tiles.data);
             else read_tiles<T, W, 2>(j, tables, code, p, y, i * W, tiles.data);
         }
-    });
-}
-
-// Columns [a, end) of one table's gradient, and their contribution to dp. One thread owns a table, so
-// there are no races and every sum has one fixed order.
-template <class T, bool NEED_Z, bool NEED_T>
-static void backward_table(const Job& j, const T* tables, const float* dy, const int32_t* code,
-                           const float* p, float* dp, float* dtables, int64_t k, int64_t a,
-                           int64_t end) {
-    for (int64_t b = 0; b < j.B; b++) {
-        const int64_t at = (k * j.N + code[b * j.K + k]) * j.H;
-        const float *g = dy + b * j.H, w = p[b * j.K + k];
-        fv sum = {};
-        float rest = 0;
-        int64_t h = a;
-        for (; h + V <= end; h += V) {
-            const fv v = load(g + h);
-            if (NEED_T) store(dtables + at + h, load(dtables + at + h) + w * v);
-            if (NEED_Z) sum += v * load(tables + at + h);
-        }
-        for (; h < end; h++) {
-            if (NEED_T) dtables[at + h] += w * g[h];
-            if (NEED_Z) rest += g[h] * widen(tables[at + h]);
-        }
-        if (NEED_Z) dp[b * j.K + k] += total(sum) + rest;
-    }
-}
-
-template <class T>
-static void backward(const Job& j, const T* tables, const float* dy, const int32_t* code,
-                     const float* p, float* dz, float* dtables) {
-    const bool need_z = dz != nullptr, need_t = dtables != nullptr;
-    Scratch dp(need_z ? j.B * j.K : 1);
-    if (need_z) std::memset(dp.data, 0, j.B * j.K * sizeof(float));
-    auto run = need_z && need_t ? backward_table<T, true, true>
-               : need_z         ? backward_table<T, true, false>
-                                : backward_table<T, false, true>;
-    parallel(j.K, 1, [&](int64_t first, int64_t last) {
-        if (need_t)
-            std::memset(dtables + first * j.N * j.H, 0, (last - first) * j.N * j.H * sizeof(float));
-        // number of columns of a table that stay in the cache from one row of dy to the next
-        const int64_t block = std::max<int64_t>(64, (1 << 16) / j.N / V * V);
-        for (int64_t k = first; k < last; k++)
-            for (int64_t a = 0; a < j.H; a += block)
-                run(j, tables, dy, code, p, dp.data, dtables, k, a, std::min(a + block, j.H));
-    });
-    if (!need_z) return;
-    parallel(j.B, 1 + 4096 / std::max<int64_t>(1, j.K * j.t), [&](int64_t a, int64_t b) {
-        Scratch e(j.K * j.t + V);
-        for (int64_t i = a; i < b; i++)
-            hash_backward(j, j.z + i * j.K * j.t, p + i * j.K, dp.data + i * j.K, e.data,
-                          dz + i * j.K * j.t);
     });
 }
 

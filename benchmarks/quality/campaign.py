@@ -40,7 +40,8 @@ VOCABULARY = 4000
 VALIDATIONS = 8
 
 PLAIN = ("--moe-gate-token-bias", "0")
-LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-attention")
+LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-attention", "--memory-lr-scale", "1")
+LINEAR = ("--memory-linear", "--memory-straight-through")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "switch": ("--moe-gate", "switch", *BALANCED),
@@ -50,20 +51,23 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hash": ("--moe-gate", "hash", "--moe-gate-loss-wt", "0"),
     "base": ("--moe-gate", "base", "--moe-gate-loss-wt", "0"),
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
-    "look-ups": (*LOOK_UPS, "--memory-score", "abs_prob", "--memory-lr-scale", "1"),
-    "look-ups prob": (*LOOK_UPS, "--memory-score", "prob"),
+    "look-ups": (*LOOK_UPS, "--memory-score", "abs_prob"),
+    "look-ups linear": (*LOOK_UPS, "--memory-score", "abs_prob", "--memory-linear"),
+    "look-ups l1": (*LOOK_UPS, "--memory-score", "l1", *LINEAR),
+    "look-ups FFN l1": (*(f for f in LOOK_UPS if f != "--memory-attention"), "--memory-score", "l1", *LINEAR),
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""
 
 RATES = ("1.5e-3", "3e-3", "4.5e-3", "6e-3")
+RATES_OF_LOOK_UPS = ("6e-3", "3e-3", "9e-3", "12e-3")
 STAGES = {
     "rates": (1333, (1,)),
     "main": (4000, (1, 2, 3)),
     "long": (12000, (1, 2, 3)),
     "arithmetic": (1500, (1, 2, 3)),
 }
-"""Stage -> number of updates, seeds. `rates` tries all of `RATES`; `arithmetic` runs each method in
-fp32 and with `--amp`, at `RATES[2]`; the others run it at the best of the rates."""
+"""Stage -> number of updates, seeds. `rates` tries four rates; `arithmetic` runs each method in fp32
+and with `--amp`, at `RATES[2]`; the others run it at the best of its rates."""
 
 MODEL = (
     *("--task", "language_modeling_evomoe", "--tokens-per-sample", "256"),
@@ -195,11 +199,16 @@ def train(key: dict[str, str], work: Path, args: argparse.Namespace) -> None:
     print(row, flush=True)
 
 
+def rates_of(method: str) -> tuple[str, ...]:
+    """The rates that are tried for a method."""
+    return RATES_OF_LOOK_UPS if method.startswith("look-ups") else RATES
+
+
 def best_rate(found: list[dict[str, str]], method: str) -> str:
     """The rate of the lowest loss among a method's runs of the stage `rates`."""
     updates = str(STAGES["rates"][0])
     tried = [r for r in found if r["method"] == method and r["updates"] == updates]
-    if {r["rate"] for r in tried} != set(RATES):
+    if {r["rate"] for r in tried} != set(rates_of(method)):
         sys.exit(f"{method}: run --stage rates first; tried so far: {[r['rate'] for r in tried]}")
     return min(tried, key=lambda r: float(r["valid_bits"]))["rate"]
 
@@ -207,15 +216,16 @@ def best_rate(found: list[dict[str, str]], method: str) -> str:
 def planned(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """The keys of every run of a stage, seeds in the outer loop."""
     updates, seeds = STAGES[args.stage]
-    rates: tuple[str, ...] = ("",)
-    arithmetics = [args.arithmetic]
-    if args.stage == "rates":
-        rates = RATES
-    elif args.stage == "arithmetic":
-        rates, arithmetics = RATES[2:3], list(ARITHMETIC)
-    for seed, given in itertools.product(seeds, rates):
+    sweeps = args.stage == "rates"
+    arithmetics = list(ARITHMETIC) if args.stage == "arithmetic" else [args.arithmetic]
+    for seed, turn in itertools.product(seeds, range(len(RATES) if sweeps else 1)):
         for method, arithmetic in itertools.product(args.methods, arithmetics):
-            rate = given or best_rate(rows(args.results / "quality.csv"), method)
+            if sweeps:
+                rate = rates_of(method)[turn]
+            elif args.stage == "arithmetic":
+                rate = RATES[2]
+            else:
+                rate = best_rate(rows(args.results / "quality.csv"), method)
             values = ("lm", method, rate, str(seed), str(updates), arithmetic)
             yield dict(zip(KEY, values, strict=True))
 

@@ -36,6 +36,7 @@ class TableStorage(StrEnum):
     """Values of `--memory-tables`."""
 
     trained = "trained"
+    fp32 = "fp32"
     bf16 = "bf16"
     int8 = "int8"
 
@@ -64,9 +65,21 @@ class MemoryConfig(Flags):
         "none", "output projection of memory attention: none (the paper), dense or memory"
     )
     memory_lr_scale: float = option(3.0, "learning rate of the tables relative to --lr, under Adam")
+    memory_linear: bool = option(
+        False,
+        "give each table a linear part that learns from every token; for inference it is added to "
+        "the rows and costs nothing",
+    )
+    memory_straight_through: bool = option(
+        False, "let the signs of --memory-linear pass a straight-through gradient to the input"
+    )
+    memory_dropout: float = option(
+        0.0, "probability that a token does not read a table during training (abs_prob and l1)"
+    )
     memory_tables: TableStorage = option(
         "trained",
-        "how tables are stored: trained, or bf16 or int8 as evomoe-export --tables writes them",
+        "how tables are stored: trained, or fp32, bf16 or int8 as evomoe-export --tables writes "
+        "them",
     )
     memory_weight_decay: float = option(
         0.0, "weight decay of the tables, used instead of --weight-decay"
@@ -109,6 +122,17 @@ class MemoryConfig(Flags):
         self.need_choice("--memory-out-proj", OutputProjection)
         for flag in ("--memory-temperature", "--memory-lr-scale"):
             self.need(0 < self.given(flag) < math.inf, flag, "must be a number > 0")
+        self.need(
+            self.memory_linear or not self.memory_straight_through,
+            "--memory-straight-through",
+            "it is the gradient of the linear part: give --memory-linear too",
+        )
+        self.need(0 <= self.memory_dropout < 1, "--memory-dropout", "must be from 0 to below 1")
+        self.need(
+            self.memory_dropout == 0 or self.memory_score != "prob",
+            "--memory-dropout",
+            "needs a score that can be 0: give --memory-score abs_prob or l1",
+        )
         self.need(
             0 <= self.memory_weight_decay < math.inf, "--memory-weight-decay", "must be 0 or more"
         )

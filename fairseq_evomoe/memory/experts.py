@@ -13,6 +13,7 @@ from fairseq_evomoe.kernels.experts.pairs import expert_order
 from fairseq_evomoe.kernels.experts.values import Routing
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.layer import MemoryFFN, mark_param_group
+from fairseq_evomoe.memory.rule import Tables
 from fairseq_evomoe.modules.experts import Bank, Part
 
 
@@ -20,10 +21,12 @@ class ExpertTables(NamedTuple):
     """The parameters of one expert: tables (K, N, W) and (K', N', D), biases, norm (W,)."""
 
     tables1: Tensor
+    linear1: Tensor | None
     bias1: Tensor
     norm_weight: Tensor
     norm_bias: Tensor | None
     tables2: Tensor
+    linear2: Tensor | None
     bias2: Tensor
 
 
@@ -45,10 +48,12 @@ class MemoryBank(Bank):
 
     parts = {
         "tables1": Part("fc1", 3),
+        "linear1": Part("fc1", 3),
         "bias1": Part("fc1", 1),
         "norm_weight": Part(None),
         "norm_bias": Part(None),
         "tables2": Part("fc2"),
+        "linear2": Part("fc2"),
         "bias2": Part("fc2"),
     }
     # a unit whose column of the first tables is 0 is a constant bit after the norm, yet it learns
@@ -70,20 +75,25 @@ class MemoryBank(Bank):
         self.dropout = dropout
         self.first, self.second = base.first.rule, base.second.rule
         self.rms = isinstance(base.norm, nn.RMSNorm)
+        values = dict(base.named_parameters())
 
-        def stack(base: Tensor) -> nn.Parameter:
+        def stack(name: str) -> nn.Parameter | None:
+            if name not in values:
+                return None
+            base = values[name]
             others = torch.randn(num_experts - 1, *base.shape, generator=generator)
             std = base.std() if base.dim() == 3 else 0.0
             start = base[None] if base.dim() == 1 else torch.zeros_like(base)[None]
             return nn.Parameter(torch.cat([base.detach()[None], start + others * std]))
 
-        values = dict(base.named_parameters())
-        self.tables1 = stack(values["first.tables"])
-        self.bias1 = stack(values["first.bias"])
-        self.norm_weight = stack(values["norm.weight"])
-        self.norm_bias = stack(values["norm.bias"]) if "norm.bias" in values else None
-        self.tables2 = stack(values["second.tables"])
-        self.bias2 = stack(values["second.bias"])
+        self.tables1 = stack("first.tables")
+        self.linear1 = stack("first.linear")
+        self.bias1 = stack("first.bias")
+        self.norm_weight = stack("norm.weight")
+        self.norm_bias = stack("norm.bias")
+        self.tables2 = stack("second.tables")
+        self.linear2 = stack("second.linear")
+        self.bias2 = stack("second.bias")
         for tables in (self.tables1, self.tables2):
             mark_param_group(tables, cfg)
 
@@ -98,14 +108,16 @@ class MemoryBank(Bank):
 
     def _run(self, expert: ExpertTables, x: Tensor) -> Tensor:
         """One memory FFN with its own tables, on x (..., D); see `MemoryFFN`."""
-        h = self.first.look_up(x, expert.tables1, expert.bias1)
+        first = Tables(expert.tables1, expert.bias1, expert.linear1)
+        h = self.first.look_up(x, first, training=self.training)
         shape = h.shape[-1:]
         if self.rms:
             h = F.rms_norm(h, shape, expert.norm_weight)
         else:
             h = F.layer_norm(h, shape, expert.norm_weight, expert.norm_bias)
         h = F.dropout(h, self.dropout, training=self.training)
-        return self.second.look_up(h, expert.tables2, expert.bias2)
+        second = Tables(expert.tables2, expert.bias2, expert.linear2)
+        return self.second.look_up(h, second, training=self.training)
 
     def _experts(self) -> list[ExpertTables]:
         """The parameters of every expert that this worker holds."""
@@ -114,8 +126,8 @@ class MemoryBank(Bank):
         columns = (
             none if p is None else p.unbind(0)
             for p in (
-                *(self.tables1, self.bias1, self.norm_weight, self.norm_bias),
-                *(self.tables2, self.bias2),
+                *(self.tables1, self.linear1, self.bias1, self.norm_weight, self.norm_bias),
+                *(self.tables2, self.linear2, self.bias2),
             )
         )
         return [ExpertTables(*values) for values in zip(*columns, strict=True)]

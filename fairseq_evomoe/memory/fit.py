@@ -6,14 +6,14 @@ Letters: B samples, D input width, H output width, K tables, t bits per table, N
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels.lookup.score import codes, linear_gain, patterns, weigh
+from fairseq_evomoe.kernels.lookup.score import codes, patterns, weigh
 from fairseq_evomoe.memory.layer import MemoryLayer
 
 
 def linear_tables(layer: MemoryLayer, weight: Tensor) -> Tensor:
     """Return the tables that come nearest to W x for standard normal x, without using any data.
 
-    T_k[c] = a W_k s_c, where s_c are the signs of row c and a is the gain of `lookup.linear_gain`.
+    T_k[c] = a W_k s_c, where s_c are the signs of row c and a is the gain of `score.linear_gain`.
 
     Args:
         layer: layer that determines K, t, N and the score.
@@ -26,8 +26,7 @@ def linear_tables(layer: MemoryLayer, weight: Tensor) -> Tensor:
     wide = torch.nn.functional.pad(weight.detach().float(), (0, missing))
     split = wide.view(-1, layer.rule.count, layer.rule.bits)
     signs = patterns(layer.rule.bits, weight.device) * 2.0 - 1
-    gain = linear_gain(layer.rule.score, layer.rule.bits, layer.rule.temperature)
-    return gain * torch.einsum("nt,hkt->knh", signs, split)
+    return layer.rule.gain * torch.einsum("nt,hkt->knh", signs, split)
 
 
 @torch.no_grad()
@@ -78,6 +77,4 @@ def fit(
             weight = torch.zeros(n).index_add_(0, row, p[:, 0].square()) + q
             tables[k] = total / weight.clamp_min(1e-12)[:, None]
             rest -= p * tables[k][row]
-    layer.tables.copy_(tables / layer.rule.scale)
-    if layer.bias is not None:
-        layer.bias.copy_(bias)
+    layer.fill(tables, bias)

@@ -3,18 +3,18 @@
 Letters: D input width, H output width, K tables, t bits per table (tau), N = 2^t rows per table.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels.lookup.lookup import lookup
-from fairseq_evomoe.kernels.lookup.score import codes, quantise, score_moment
+from fairseq_evomoe.kernels.lookup.linear_part import fold, parts
+from fairseq_evomoe.kernels.lookup.score import codes, quantise
 from fairseq_evomoe.kernels.pages import large_pages
 from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.rule import HashRule, Tables
 from fairseq_evomoe.memory.usage import current_counts
 from fairseq_evomoe.modules.torchscript import NotScriptable
 
@@ -31,52 +31,6 @@ def mark_param_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class HashRule:
-    """How a look-up reads its tables: everything about it but the tables themselves.
-
-    Attributes:
-        width: D.
-        bits: t.
-        score: how a row is weighted, `--memory-score`.
-        temperature: of the scores `prob` and `abs_prob`.
-        scale: what the output is multiplied by, `--memory-lr-scale`.
-    """
-
-    width: int
-    bits: int
-    score: str
-    temperature: float
-    scale: float
-
-    @property
-    def count(self) -> int:
-        """K = ceil(D / t)."""
-        return -(-self.width // self.bits)
-
-    def slices(self, x: Tensor) -> Tensor:
-        """Cut x into the slices to hash, padded with zeros: (..., D) -> (B, K, t)."""
-        z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
-        return z.view(-1, self.count, self.bits)
-
-    def look_up(
-        self, x: Tensor, tables: Tensor, bias: Tensor | None, row_scale: Tensor | None = None
-    ) -> Tensor:
-        """y = sum_k p(z_k) T_k[code(z_k)] + b: x (..., D) -> (..., H), dtype of x."""
-        y = lookup(
-            self.slices(x),
-            tables,
-            score=self.score,
-            temperature=self.temperature,
-            row_scale=row_scale,
-        )
-        if self.scale != 1:
-            y = y * self.scale
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        return y.view(*x.shape[:-1], y.size(-1))
-
-
 class MemoryLayer(NotScriptable):
     """y = sum_k p(z_k) T_k[code(z_k)] + b, where z_k is the k-th slice of t values of x (eq. 11).
 
@@ -87,7 +41,8 @@ class MemoryLayer(NotScriptable):
     of `nn.Linear`: their standard deviation is rms(y) / (sqrt(K) rms(p)) with rms(y) = 1 / sqrt(3).
     With `--memory-lr-scale` s they are stored divided by s and multiplied by s in the forward pass.
     Under Adam, whose step does not depend on the scale of a parameter, this makes the learning rate
-    of the tables s times as large, in any optimizer layout.
+    of the tables s times as large, in any optimizer layout. With `--memory-linear` a table is the
+    sum of rows and of a linear part in the units of a dense layer's weights, whose rate is `--lr`.
 
     Args:
         width: D.
@@ -99,33 +54,31 @@ class MemoryLayer(NotScriptable):
 
     tables: Tensor
     row_scale: Tensor | None
+    linear: nn.Parameter | None
 
     def __init__(
         self, width: int, out: int, cfg: MemoryConfig, *, bits: int | None = None, bias: bool = True
     ) -> None:
         super().__init__()
-        self.rule = HashRule(
-            width=width,
-            bits=bits or cfg.memory_bits,
-            score=str(cfg.memory_score),
-            temperature=cfg.memory_temperature,
-            scale=cfg.memory_lr_scale,
-        )
-        count, t = self.rule.count, self.rule.bits
-        moment = score_moment(self.rule.score, t, self.rule.temperature)
-        std = 1 / math.sqrt(3 * count) / moment / self.rule.scale
-        tables = torch.randn(count, 2**t, out) * std
+        self.rule = HashRule.from_flags(width, bits or cfg.memory_bits, cfg)
+        drawn = self.rule.draw(out, cfg)
         self.converted = cfg.memory_tables != "trained"
         self.register_buffer("row_scale", None)
+        self.linear = None
         if cfg.memory_tables == "int8":
-            small, self.row_scale = quantise(tables)
+            small, self.row_scale = quantise(drawn.rows)
             self.register_buffer("tables", small)
         elif cfg.memory_tables == "bf16":
-            self.register_buffer("tables", tables.bfloat16())
+            self.register_buffer("tables", drawn.rows.bfloat16())
+        elif cfg.memory_tables == "fp32":
+            self.register_buffer("tables", drawn.rows)
         else:
-            self.tables = nn.Parameter(tables)
+            self.tables = nn.Parameter(drawn.rows)
             mark_param_group(self.tables, cfg)
+            if drawn.linear is not None:
+                self.linear = nn.Parameter(drawn.linear)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+        self._folded: tuple[Any, Tensor] | None = None
         large_pages(self.tables, now=True)
 
     def extra_repr(self) -> str:
@@ -141,21 +94,74 @@ class MemoryLayer(NotScriptable):
         super()._apply(fn, recurse)
         if exact is not None and self.row_scale is not None:
             self.row_scale = exact.to(self.row_scale.device)
+        self._folded = None
         large_pages(self.tables, now=True)
         return self
+
+    def train(self, mode: bool = True) -> "MemoryLayer":
+        """As in torch; folded tables are forgotten."""
+        self._folded = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
+
+    def weights(self) -> Tables:
+        """What the layer reads, as it is trained."""
+        return Tables(self.tables, self.bias, self.linear, self.row_scale)
+
+    def _weights_at_once(self) -> Tables:
+        """The same for inference, with the linear part folded in, once for the same parameters."""
+        weights = self.weights()
+        if weights.linear is None or self.training or torch.is_grad_enabled():
+            return weights
+        if torch.compiler.is_compiling():
+            return weights
+        both = (weights.rows, weights.linear)
+        state = [(p.data_ptr(), p._version) for p in both]
+        kept = self._folded
+        if kept is None or kept[0] != state:
+            whole = self.rule.fold(weights).rows
+            large_pages(whole, now=True)
+            self._folded = kept = (state, whole)
+        return weights._replace(rows=kept[1], linear=None)
+
+    @torch.no_grad()
+    def whole_tables(self) -> Tensor:
+        """The tables as a look-up uses them, scale and linear part included: (K, N, H) float32."""
+        weights = self.weights()
+        rows = weights.rows.float() * self.rule.scale
+        return rows if self.linear is None else fold(rows, self.linear.float(), self.rule.gain)
+
+    @torch.no_grad()
+    def fill(self, whole: Tensor, bias: Tensor | None = None) -> None:
+        """Fill the layer with the tables that a look-up should use, the inverse of `whole_tables`.
+
+        With a linear part, the rows are only what that cannot express.
+
+        Args:
+            whole: (K, N, H).
+            bias: (H,), or None to leave the bias as it is.
+        """
+        if self.linear is not None:
+            whole, linear = parts(whole.float(), self.rule.gain)
+            self.linear.copy_(linear)
+        self.tables.copy_(whole / self.rule.scale)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
         self.refuse_tracing()
         if self.training and self.converted:
             raise ValueError(
-                "--memory-tables bf16 and int8 are for inference; train the checkpoint that "
+                "--memory-tables bf16, fp32 and int8 are for inference; train the checkpoint that "
                 "evomoe-export made them from"
             )
         counts = current_counts()
         if counts is not None and not self.training:
             counts.add(self, codes(self.rule.slices(x)), self.tables.size(1))
-        return self.rule.look_up(x, self.tables, self.bias, self.row_scale)
+        return self.rule.look_up(x, self._weights_at_once(), training=self.training)
 
 
 def build_norm(cfg: MemoryConfig, width: int) -> nn.Module:

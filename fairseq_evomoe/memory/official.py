@@ -39,6 +39,4 @@ def load_official(layer: MemoryLayer, tables: Tensor, bias: Tensor | None = None
         )
     reversed_rows = (patterns(layer.rule.bits) << torch.arange(layer.rule.bits).flip(0)).sum(-1)
     stacked = tables.view(layer.tables.shape)
-    layer.tables.copy_(stacked[:, reversed_rows] / layer.rule.scale)
-    if layer.bias is not None:
-        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
+    layer.fill(stacked[:, reversed_rows], torch.zeros(tables.size(-1)) if bias is None else bias)

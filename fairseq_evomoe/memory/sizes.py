@@ -27,7 +27,8 @@ def table_parameters(
 
     A feed-forward network has K N (t + d) K parameters in its first look-up and K N 2^d D in its
     second. Self-attention has K N 3 D. Attention over an encoder of width D' adds K N D + K' N 2 D,
-    where K' = ceil(D' / t). Each output projection by look-up adds K N D.
+    where K' = ceil(D' / t). Each output projection by look-up adds K N D. With `--memory-linear`
+    N is 2^t + t.
 
     Args:
         side: "encoder" or "decoder".
@@ -35,10 +36,10 @@ def table_parameters(
         width: D.
         encoder: D' of the encoder that a decoder attends to, or 0 if there is none.
     """
-    bits, rows = memory.memory_bits, 2**memory.memory_bits
+    bits, wide = memory.memory_bits, memory.memory_bits + memory.memory_delta
+    rows, more_rows = (2**t + t * memory.memory_linear for t in (bits, wide))
     count = -(-width // bits)
-    first = count * rows * (bits + memory.memory_delta) * count
-    ffn = first + count * rows * 2**memory.memory_delta * width
+    ffn = count * rows * wide * count + count * more_rows * width
     out = count * rows * width * (memory.memory_out_proj == "memory")
     attention = count * rows * 3 * width + out
     if encoder:

@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from fairseq_evomoe.kernels.lookup.score import quantise
+from fairseq_evomoe.kernels.lookup.linear_part import fold
+from fairseq_evomoe.kernels.lookup.score import linear_gain, quantise
 from fairseq_evomoe.tools.checkpoint import (
     command,
     flags_of,
@@ -148,8 +149,9 @@ def restore(folder: Path) -> dict[str, Any]:
 def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
     """Convert the look-up tables of a checkpoint to "bf16", or to "int8" with one scale per row.
 
-    The result is smaller and serves for inference only. fairseq-generate and fairseq's other
-    commands read it like any checkpoint. Optimizer state is left out.
+    The linear part of tables (`--memory-linear`) is added to the rows; "fp32" does this alone. The
+    result serves for inference only. fairseq-generate and fairseq's other commands read it like any
+    checkpoint. Optimizer state is left out.
 
     Raises:
         ValueError: the checkpoint has no tables that can be converted.
@@ -165,12 +167,20 @@ def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
     if not tables:
         raise ValueError(f"--tables: {source} has no look-up layer")
     for name in tqdm(tables, unit="layer", disable=None):
+        layer = name.removesuffix("tables")
+        linear = model.pop(layer + "linear", None)
+        if linear is not None:
+            score = str(read_flag(flags, "memory_score", "prob"))
+            gain = linear_gain(score, linear.size(1), read_flag(flags, "memory_temperature", 1.0))
+            scale = read_flag(flags, "memory_lr_scale", 1.0)
+            model[name] = fold(model[name], linear, gain / scale)
         if dtype == "bf16":
             model[name] = model[name].bfloat16()
-        else:
-            model[name], scale = quantise(model[name])
-            model[name.removesuffix("tables") + "row_scale"] = scale
-    checkpoint["cfg"]["model"] = with_flags(flags, memory_tables=dtype)
+        elif dtype == "int8":
+            model[name], model[layer + "row_scale"] = quantise(model[name])
+    checkpoint["cfg"]["model"] = with_flags(
+        flags, memory_tables=dtype, memory_linear=False, memory_straight_through=False
+    )
     checkpoint.pop("last_optimizer_state", None)
     return checkpoint
 
@@ -193,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="folder or checkpoint to write")
     made.add_argument(
         "--tables",
-        choices=("bf16", "int8"),
+        choices=("fp32", "bf16", "int8"),
         help="write a checkpoint with look-up tables of this dtype instead, for inference",
     )
     return made

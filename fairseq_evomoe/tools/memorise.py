@@ -55,7 +55,7 @@ def _directions(ffn: MemoryFFN, generator: torch.Generator) -> None:
     row = at // first.rule.bits * bits + at % first.rule.bits
     weight[row] = 0
     weight[row, at] = 1
-    first.tables.copy_(linear_tables(first, weight) / first.rule.scale)
+    first.fill(linear_tables(first, weight))
 
 
 @torch.no_grad()
@@ -92,8 +92,7 @@ def calibrate(
         watch = Watch()
         watch.inputs(unit)
         x = watch.run(ours, samples)[unit.name]
-        prior = unit.layer.tables.float() * unit.layer.rule.scale
-        fit(unit.layer, x, wanted[unit.name], prior=prior)
+        fit(unit.layer, x, wanted[unit.name], prior=unit.layer.whole_tables())
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ VOCABULARY = 4000
 VALIDATIONS = 8
 
 PLAIN = ("--moe-gate-token-bias", "0")
-LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-attention", "--memory-lr-scale", "1")
+LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-lr-scale", "1")
+WHOLE = (*LOOK_UPS, "--memory-attention")
 LINEAR = ("--memory-linear", "--memory-straight-through")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
@@ -51,10 +52,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hash": ("--moe-gate", "hash", "--moe-gate-loss-wt", "0"),
     "base": ("--moe-gate", "base", "--moe-gate-loss-wt", "0"),
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
-    "look-ups": (*LOOK_UPS, "--memory-score", "abs_prob"),
-    "look-ups linear": (*LOOK_UPS, "--memory-score", "abs_prob", "--memory-linear"),
-    "look-ups l1": (*LOOK_UPS, "--memory-score", "l1", *LINEAR),
-    "look-ups FFN l1": (*(f for f in LOOK_UPS if f != "--memory-attention"), "--memory-score", "l1", *LINEAR),
+    "look-ups": (*WHOLE, "--memory-score", "abs_prob"),
+    "look-ups linear": (*WHOLE, "--memory-score", "abs_prob", "--memory-linear"),
+    "look-ups l1": (*WHOLE, "--memory-score", "l1", *LINEAR),
+    "look-ups FFN l1": (*LOOK_UPS, "--memory-score", "l1", *LINEAR),
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""
 
@@ -66,8 +67,8 @@ STAGES = {
     "long": (12000, (1, 2, 3)),
     "arithmetic": (1500, (1, 2, 3)),
 }
-"""Stage -> number of updates, seeds. `rates` tries four rates; `arithmetic` runs each method in fp32
-and with `--amp`, at `RATES[2]`; the others run it at the best of its rates."""
+"""Stage -> number of updates, seeds. `rates` tries four rates; `arithmetic` runs a method in fp32 and
+with `--amp`, at `RATES[2]`; the others run it at the best of its rates."""
 
 MODEL = (
     *("--task", "language_modeling_evomoe", "--tokens-per-sample", "256"),

@@ -67,8 +67,8 @@ STAGES = {
     "long": (12000, (1, 2, 3)),
     "arithmetic": (1500, (1, 2, 3)),
 }
-"""Stage -> number of updates, seeds. `rates` tries four rates; `arithmetic` runs a method in fp32 and
-with `--amp`, at `RATES[2]`; the others run it at the best of its rates."""
+"""Stage -> number of updates, seeds. `rates` tries four rates; `arithmetic` runs a method in fp32
+and with `--amp`, at `RATES[2]`; the others run it at the best of its rates."""
 
 MODEL = (
     *("--task", "language_modeling_evomoe", "--tokens-per-sample", "256"),

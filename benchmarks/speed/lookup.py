@@ -5,7 +5,8 @@
 Contenders: nn.Linear in float32; the C++ look-up with tables in float32, bfloat16 and int8; torch's
 embedding_bag (`EVOMOE_BACKEND=torch`); and, with `--official DIR`, a checkout of the official code,
 the CPU kernels of that code (they accept only multiples of 64 rows, and building them needs ninja).
-Each look-up is first checked against the float64 reference.
+Each look-up is first checked against the float64 reference. In training there are also tables with
+a linear part (`--memory-linear`), without and with the straight-through gradient.
 
 Batch 1 is the case of a decoder: as many layers as make 128 MB of linear weights are called in
 turn, so that no weight is still in the cache. Larger batches call one layer again and again. The
@@ -35,15 +36,17 @@ from benchmarks.speed.timing import (
 )
 from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.lookup import reference
+from fairseq_evomoe.kernels.lookup.linear_part import fold, straight_through
 from fairseq_evomoe.kernels.lookup.lookup import lookup
 from fairseq_evomoe.kernels.lookup.score import quantise
-from fairseq_evomoe.kernels.pages import large_pages
+from fairseq_evomoe.kernels.pages import keep_freed_memory, large_pages
 
 FIELDS = (
     "case width rows mode ratio_p50 ratio_p20 ratio_p80 ms floor_ms linear_ms bits score "
     "threads device torch date"
 ).split()
-SIZE = {"fp32": 4, "bag": 4, "official": 4, "bf16": 2, "int8": 1}
+LINEAR_PARTS = ("linear part", "straight-through")
+SIZE = {"fp32": 4, "bag": 4, "official": 4, "bf16": 2, "int8": 1, **dict.fromkeys(LINEAR_PARTS, 4)}
 Official = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -106,6 +109,7 @@ class Layers:
         self.z = [torch.randn(rows, k, bits) for _ in range(count)]
         self.x = [z.reshape(rows, -1)[:, :width].contiguous() for z in self.z]
         self.dy = torch.randn(rows, width)
+        self.linear_part = torch.randn(k, bits, width)
 
     def call(self, case: str) -> Callable[[int], Tensor]:
         """Return the function that runs layer number i."""
@@ -120,8 +124,18 @@ class Layers:
             assert self.official is not None
             tables, own = self.tables, self.official
             return lambda i: own(z[i], tables[i])
+        if case in LINEAR_PARTS:
+            return lambda i: self.with_linear_part(i, case)
         tables = self.half if case == "bf16" else self.tables
         return lambda i: lookup(z[i], tables[i], score=score)
+
+    def with_linear_part(self, i: int, case: str) -> Tensor:
+        """Layer i, its tables the sum of rows and a linear part."""
+        z, linear = self.z[i], self.linear_part
+        y = lookup(z, fold(self.tables[i], linear, 1.0), score=self.score)
+        if case == "straight-through":
+            y = straight_through(y, z, linear, 1.0, score=self.score, temperature=1.0)
+        return y
 
     def check(self) -> None:
         """Check every contender against the reference."""
@@ -149,7 +163,8 @@ class Layers:
     def training(self, case: str) -> Callable[[], None]:
         call = self.call(case)
         inputs = self.x[0] if case == "linear" else self.z[0]
-        leaves = (inputs.requires_grad_(), self.tables[0].requires_grad_())
+        leaves = [inputs.requires_grad_(), self.tables[0].requires_grad_()]
+        leaves.append(self.linear_part.requires_grad_())
 
         def run() -> None:
             for p in (*leaves, *self.linear[0].parameters()):
@@ -170,7 +185,10 @@ class Layers:
         moved = self.k * touched * self.width * SIZE[case] * (2 if backward else 1) + ends
         if backward:  # the gradient of the tables is dense: all of it is written
             moved += self.k * self.n * self.width * 4
-        return moved / copied
+        time = moved / copied
+        if case == "straight-through":
+            time += 2 * self.rows * self.width**2 / flops
+        return time
 
 
 def main() -> None:
@@ -186,6 +204,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, help="checkout of the official code")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    keep_freed_memory()  # as in training
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     official = None if args.official is None else official_kernels(args.official, args.threads)
@@ -198,7 +217,7 @@ def main() -> None:
             named = ("fp32", "bf16", "int8", "bag") + ("official",) * bool(layers.official)
             modes = [("forward", layers.forward, named)]
             if rows >= 256 and width < 2048:
-                modes.append(("forward+backward", layers.training, ("fp32", "bag")))
+                modes.append(("forward+backward", layers.training, ("fp32", "bag", *LINEAR_PARTS)))
             made = []
             for mode, build, cases in modes:
                 times = interleave({c: build(c) for c in ("linear", *cases)}, args.rounds)

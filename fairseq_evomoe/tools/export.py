@@ -17,9 +17,11 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from fairseq_evomoe.kernels.lookup.linear_part import fold
-from fairseq_evomoe.kernels.lookup.score import linear_gain, quantise
+from fairseq_evomoe.kernels.lookup.score import quantise
+from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.rule import HashRule, Tables
 from fairseq_evomoe.tools.checkpoint import (
+    built,
     command,
     flags_of,
     in_place_of,
@@ -166,14 +168,13 @@ def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
     tables = [name for name in model if name.endswith(".tables")]
     if not tables:
         raise ValueError(f"--tables: {source} has no look-up layer")
+    memory = MemoryConfig.from_args(built(flags))
     for name in tqdm(tables, unit="layer", disable=None):
         layer = name.removesuffix("tables")
         linear = model.pop(layer + "linear", None)
         if linear is not None:
-            score = str(read_flag(flags, "memory_score", "prob"))
-            gain = linear_gain(score, linear.size(1), read_flag(flags, "memory_temperature", 1.0))
-            scale = read_flag(flags, "memory_lr_scale", 1.0)
-            model[name] = fold(model[name], linear, gain / scale)
+            rule = HashRule.from_flags(0, linear.size(1), memory)
+            model[name] = rule.fold(Tables(model[name], None, linear)).rows
         if dtype == "bf16":
             model[name] = model[name].bfloat16()
         elif dtype == "int8":

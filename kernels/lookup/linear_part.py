@@ -95,5 +95,6 @@ class _StraightThrough(torch.autograd.Function):
                 products = (dy.to(dtype) @ flat.mT).view(z.shape)
             exact = z.to(torch.promote_types(z.dtype, torch.float32))
             p = weigh(exact, score, temperature) * gain
-            dz = (products * p[..., None]).masked_fill_(exact.abs() > 1, 0).to(z.dtype)
+            dz = products.to(p.dtype).mul_(p[..., None])
+            dz = dz.masked_fill_(exact.abs() > 1, 0).to(z.dtype)
         return dy, dz, None, None, None, None, None

@@ -33,9 +33,9 @@ def bank(experts=E, **changes):
     return made
 
 
-def alone(made, e, norm="layer"):
+def alone(made, e, norm="layer", **changes):
     """Expert e as a separate MemoryFFN."""
-    ffn = MemoryFFN(D, flags(memory_norm=norm))
+    ffn = MemoryFFN(D, flags(memory_norm=norm, **changes))
     state = {
         "first.tables": made.tables1[e],
         "first.bias": made.bias1[e],
@@ -45,20 +45,26 @@ def alone(made, e, norm="layer"):
     }
     if made.norm_bias is not None:
         state["norm.bias"] = made.norm_bias[e]
+    if made.linear1 is not None:
+        state |= {"first.linear": made.linear1[e], "second.linear": made.linear2[e]}
     ffn.load_state_dict({k: v.detach() for k, v in state.items()})
     return ffn
 
 
+LINEAR = {"memory_score": "l1", "memory_linear": True, "memory_straight_through": True}
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
-def test_forward_and_gradients(norm, density):
+@pytest.mark.parametrize("form", [{}, LINEAR], ids=["rows", "linear part"])
+def test_forward_and_gradients(norm, density, form):
     """The output sum_e w_te FFN_e(x_t) and every gradient equal those of separate MemoryFFNs."""
-    made = bank(memory_norm=norm)
+    made = bank(memory_norm=norm, **form)
     active = torch.rand(T, E) < density
     weights = (torch.rand(T, E) * active).requires_grad_()
     x = torch.randn(T, D, requires_grad=True)
     y = made(x, Routing(weights, active))
-    singles = [alone(made, e, norm) for e in range(E)]
+    singles = [alone(made, e, norm, **form) for e in range(E)]
     x2, w2 = x.detach().clone().requires_grad_(), weights.detach().clone().requires_grad_()
     want = sum(w2[:, e : e + 1] * singles[e](x2) for e in range(E))
     assert torch.allclose(y, want, atol=1e-5)
@@ -72,6 +78,9 @@ def test_forward_and_gradients(norm, density):
         assert torch.allclose(made.tables1.grad[e], used * ffn.first.tables.grad, atol=1e-4)
         assert torch.allclose(made.tables2.grad[e], used * ffn.second.tables.grad, atol=1e-4)
         assert torch.allclose(made.norm_weight.grad[e], used * ffn.norm.weight.grad, atol=1e-4)
+        if form:
+            assert torch.allclose(made.linear1.grad[e], used * ffn.first.linear.grad, atol=1e-4)
+            assert torch.allclose(made.linear2.grad[e], used * ffn.second.linear.grad, atol=1e-4)
 
 
 def test_no_tokens():
@@ -85,9 +94,10 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("mode", [m.value for m in Diversify])
 @pytest.mark.parametrize("grain", ["unit", "weight"])
-def test_split(mode, grain):
+@pytest.mark.parametrize("linear", [False, True])
+def test_split(mode, grain, linear):
     """Copies follow the base and differ as the mode says; the base stays exact."""
-    made = bank()
+    made = bank(memory_linear=linear)
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
     decided = Split(SplitRule(mode=mode, ratio=0.5, grain=grain), made, seed=4)
     x = torch.randn(50, D)

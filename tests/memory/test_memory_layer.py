@@ -1,14 +1,18 @@
-"""modules/memory_layer.py: the layer, its initial scale, the FFN and attention against formulas."""
+"""memory/: the layer, its initial scale, the FFN and attention against formulas."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from fairseq_evomoe.kernels.lookup import reference
+from fairseq_evomoe.kernels.lookup.score import patterns
 from fairseq_evomoe.memory.attention import MemoryAttention
 from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.fit import linear_tables
 from fairseq_evomoe.memory.layer import MemoryFFN, MemoryLayer
 from fairseq_evomoe.memory.official import load_official
 
@@ -33,16 +37,107 @@ def test_layer(width, scale):
     assert torch.allclose(made(x), want.view(5, 2, 10), atol=1e-5)
 
 
+LINEAR = {"memory_linear": True, "memory_lr_scale": 3.0}
+
+
 @pytest.mark.parametrize("score", ["prob", "abs_prob", "l1"])
 @pytest.mark.parametrize("bits", [4, 8, 10])
-def test_initial_output_has_the_scale_of_a_linear_layer(score, bits):
+@pytest.mark.parametrize("form", [{}, LINEAR], ids=["rows", "linear part"])
+def test_initial_output_has_the_scale_of_a_linear_layer(score, bits, form):
     """Standard normal inputs give outputs of nn.Linear's standard deviation, 1 / sqrt(3)."""
     width = 40 * bits
-    made = MemoryLayer(width, 64, flags(memory_score=score, memory_bits=bits, memory_delta=0))
+    cfg = flags(memory_score=score, memory_bits=bits, memory_delta=0, **form)
+    made = MemoryLayer(width, 64, cfg)
     x = torch.randn(200, width)
     linear = nn.Linear(width, 64, bias=False)
     with torch.no_grad():
         assert made(x).std().item() == pytest.approx(linear(x).std().item(), rel=0.1)
+
+
+def look_up(made, x):
+    """What a layer with a linear part outputs, by its definition: every table written out."""
+    rule, signs = made.rule, patterns(made.rule.bits) * 2.0 - 1
+    whole = rule.scale * made.tables + rule.gain * torch.einsum("nt,kth->knh", signs, made.linear)
+    y = reference.lookup(rule.slices(x), whole, score=rule.score) + made.bias
+    return y.view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_linear_part_is_a_part_of_the_tables(training):
+    """With --memory-linear the layer reads rows times the scale plus a sum_i s_i L_i."""
+    made = MemoryLayer(D, 10, flags(**LINEAR)).train(training)
+    x = torch.randn(5, 2, D)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert torch.allclose(made(x), look_up(made, x), atol=1e-5)
+
+
+def test_folded_tables_follow_the_parameters():
+    """In evaluation the parts are added once, and again after every change of a parameter."""
+    made = MemoryLayer(D, 10, flags(**LINEAR)).eval()
+    x = torch.randn(64, D)
+
+    def check(model):
+        model.eval()
+        with torch.no_grad():
+            assert torch.allclose(model(x), look_up(model, x), atol=1e-5)
+            first = model._folded
+            model(x)
+            assert model._folded is first and first is not None
+
+    check(made)
+    optimizer = torch.optim.Adam(made.parameters(), lr=0.1)
+    made(x).square().sum().backward()
+    optimizer.step()
+    check(made)
+    other = MemoryLayer(D, 10, flags(**LINEAR))
+    made.load_state_dict(other.state_dict())
+    check(made)
+    made.train()
+    # fairseq writes half-precision weights in this way, which autograd does not see
+    made.linear.data.mul_(2)
+    check(made)
+    copied = copy.deepcopy(made)
+    assert copied._folded is None and pickle.loads(pickle.dumps(made))._folded is None
+    with torch.no_grad():
+        copied.linear.mul_(2)
+    check(copied)
+    assert not torch.equal(copied(x), made(x))
+    assert set(made.state_dict()) == {"tables", "linear", "bias"}
+
+
+def test_a_filled_layer_is_the_dense_layer_and_rows():
+    """A layer that is filled with the best tables for a dense layer has its weights as linear part
+    and rows of 0, and `fill` is the inverse of `whole_tables`."""
+    made = MemoryLayer(D, 10, flags(**LINEAR, memory_score="l1"))
+    weight = torch.randn(10, D)
+    made.fill(linear_tables(made, weight))
+    assert torch.allclose(made.linear.flatten(0, 1).T, weight, atol=1e-5)
+    assert made.tables.abs().max() < 1e-5
+    whole = torch.randn(made.tables.shape)
+    made.fill(whole)
+    assert torch.allclose(made.whole_tables(), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["abs_prob", "l1"])
+def test_dropout_of_tables(score):
+    """A token reads each table with probability 1 - p, times 1 / (1 - p), and evaluation reads all.
+
+    With one table that is an output of 0 or of the whole, scaled."""
+    cfg = flags(memory_score=score, memory_dropout=0.25)
+    made = MemoryLayer(4, 10, cfg)
+    x = torch.randn(4000, 4, requires_grad=True)
+    whole = made.eval()(x).detach()
+    y = made.train()(x)
+    dropped = (y == 0).all(-1)
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.allclose(y[~dropped], whole[~dropped] / 0.75, atol=1e-5)
+    y.sum().backward()
+    assert (x.grad[dropped] == 0).all() and (x.grad[~dropped] != 0).any(-1).all()
+    many = MemoryLayer(400, 10, cfg)
+    x = torch.randn(2000, 400)
+    bias = (many.train()(x) - many.eval()(x)).mean(0).abs().max()
+    assert bias < 0.1, "the mean over masks is the whole"
 
 
 def test_learning_rate_of_the_tables():

@@ -115,6 +115,7 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
     "flags",
     [
         ("--memory-out-proj", "memory"),
+        ("--memory-linear",),
         ("--memory-layers", "1", "--memory-delta", 1),
         ("--moe-freq", 2, "--moe-expert-type", "memory", "--moe-shared-expert"),
     ],
@@ -124,7 +125,7 @@ def test_tables_are_stated_before_they_are_built(toy, caplog, family, flags):
     """The number of table parameters in the log equals the number that is then built."""
     with caplog.at_level("INFO"):
         _, _, model = build(toy, *MEMORY, *flags, family=family)
-    built = sum(p.numel() for n, p in model.named_parameters() if "tables" in n)
+    built = sum(p.numel() for n, p in model.named_parameters() if "tables" in n or "linear" in n)
     (line,) = [r.getMessage() for r in caplog.records if "look-up tables" in r.getMessage()]
     assert line.startswith(f"look-up tables: {built / 1e6:.1f} M parameters")
     side = "encoder" if family == "mlm" else "decoder"

@@ -46,8 +46,10 @@ CHOICES = [
     *flag("--memory-bits", 0, 3, 17),
     *flag("--memory-delta", 1, 16),
     *flag("--memory-layers", "0", "1,5", "x"),
-    *flag("--memory-score", "l1"),
-    *((x,) for x in (*SWITCH_ON, "--memory-ffn", "--memory-attention")),
+    *flag("--memory-score", "l1", "abs_prob"),
+    *flag("--memory-dropout", 0.1, 1.0),
+    *((x,) for x in (*SWITCH_ON, "--memory-ffn", "--memory-attention", "--memory-linear")),
+    *((x,) for x in ("--memory-straight-through",)),
 ]
 """Flags with good and with bad values."""
 FLAGS = st.lists(st.sampled_from(CHOICES), max_size=5, unique_by=lambda f: f[0])

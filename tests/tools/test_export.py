@@ -117,15 +117,19 @@ def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, caps
     assert not (tmp_path / "x.pt").exists() and not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_smaller_tables(toy, tmp_path, dtype, capsys):
-    """--tables writes a smaller checkpoint that fairseq-generate reads, with nearly equal outputs.
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [("bf16", ()), ("int8", ()), ("int8", ("--memory-linear",)), ("fp32", ("--memory-linear",))],
+)
+def test_smaller_tables(toy, tmp_path, dtype, more, capsys):
+    """--tables writes a checkpoint without optimizer state and linear parts, which fairseq-generate
+    reads, with nearly equal outputs.
 
     Outputs are compared for one look-up only. A small change before a hash may flip a bit and so
     fetch another row, so that for the whole model only the loss is compared.
     """
     memory = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
-    train(*train_args(toy, tmp_path, *memory, "--max-update", 3))
+    train(*train_args(toy, tmp_path, *memory, *more, "--max-update", 3))
     path, small = tmp_path / "checkpoint_last.pt", tmp_path / "small.pt"
     export.main([str(path), "--tables", dtype, "--output", str(small)])
     outputs, losses = [], []
@@ -137,12 +141,14 @@ def test_smaller_tables(toy, tmp_path, dtype, capsys):
             loss, size, _ = task.build_criterion(cfg.criterion)(model, valid_batch(task))
             losses.append(loss.item() / int(size))
     error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
-    assert 0 < error < 0.01
+    assert error < (1e-6 if dtype == "fp32" else 0.01)
+    assert dtype == "fp32" or error > 0
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     stored = torch.load(small, weights_only=False)["model"]
-    wanted = {"bf16": torch.bfloat16, "int8": torch.int8}[dtype]
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[dtype]
     tables = {n: v for n, v in stored.items() if n.endswith(".tables")}
     assert tables and all(v.dtype == wanted for v in tables.values())
+    assert not any(n.endswith(".linear") for n in stored)
     languages = ("-s", "en", "-t", "de", "--beam", "1", "--max-len-b", "5")
     assert "H-0" in run(tool("fairseq-generate"), toy / "bin", *PLUGIN, "--path", small, *languages)
     with pytest.raises(ValueError, match="are for inference"):

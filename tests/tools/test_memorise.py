@@ -37,10 +37,11 @@ def losses(text):
     return {x.rsplit(" ", 1)[0]: float(x.rsplit(" ", 1)[1]) for x in line[15:].split(", ")}
 
 
-def test_every_step_keeps_more(dense, toy, tmp_path, capsys):
+@pytest.mark.parametrize("more", [(), ("--memory-linear",)], ids=["rows", "linear part"])
+def test_every_step_keeps_more(dense, more, toy, tmp_path, capsys):
     """Calibration lowers the loss of the start without data, and training continues from it."""
     family, path = dense
-    out = convert(path, tmp_path / "memory.pt")
+    out = convert(path, tmp_path / "memory.pt", *more)
     text = capsys.readouterr().out
     found = losses(text)
     if family == "mlm":  # it has hardly learned yet, so that there is little to lose
@@ -56,7 +57,16 @@ def test_every_step_keeps_more(dense, toy, tmp_path, capsys):
     rows = [x for x in text.splitlines() if ".memory_ffn.second" in x or "attn." in x]
     assert len(rows) == len(layers) + (8 if family == "translation" else 2)
     flags = ("--memory-ffn", "--memory-attention", "--memory-out-proj", "dense", "--moe-freq", 0)
-    flags += (*FLAGS[:2], *FLAGS[6:], "--restore-file", out, "--reset-optimizer", "--max-update", 2)
+    flags += (
+        *more,
+        *FLAGS[:2],
+        *FLAGS[6:],
+        "--restore-file",
+        out,
+        "--reset-optimizer",
+        "--max-update",
+        2,
+    )
     flags += ("--reset-lr-scheduler", "--reset-dataloader", "--reset-meters", "--dropout", 0)
     args = train_args(toy, tmp_path, *flags, family=family)
     if family == "translation" and model.encoder.layers[0].normalize_before:

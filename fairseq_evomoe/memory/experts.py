@@ -77,9 +77,7 @@ class MemoryBank(Bank):
         self.rms = isinstance(base.norm, nn.RMSNorm)
         values = dict(base.named_parameters())
 
-        def stack(name: str) -> nn.Parameter | None:
-            if name not in values:
-                return None
+        def stack(name: str) -> nn.Parameter:
             base = values[name]
             others = torch.randn(num_experts - 1, *base.shape, generator=generator)
             std = base.std() if base.dim() == 3 else 0.0
@@ -87,12 +85,12 @@ class MemoryBank(Bank):
             return nn.Parameter(torch.cat([base.detach()[None], start + others * std]))
 
         self.tables1 = stack("first.tables")
-        self.linear1 = stack("first.linear")
+        self.linear1 = stack("first.linear") if cfg.memory_linear else None
         self.bias1 = stack("first.bias")
         self.norm_weight = stack("norm.weight")
-        self.norm_bias = stack("norm.bias")
+        self.norm_bias = stack("norm.bias") if not self.rms else None
         self.tables2 = stack("second.tables")
-        self.linear2 = stack("second.linear")
+        self.linear2 = stack("second.linear") if cfg.memory_linear else None
         self.bias2 = stack("second.bias")
         for tables in (self.tables1, self.tables2):
             mark_param_group(tables, cfg)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels import backend, self_check
+from fairseq_evomoe.kernels.experts import eager
+from fairseq_evomoe.kernels.experts.pairs import sparse_pairs
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
 
 Activation = Callable[[Tensor], Tensor]
@@ -57,7 +59,10 @@ def unsupported(x: Tensor, experts: ExpertWeights, activation: Activation, dropo
 def unsupported_products(
     x: Tensor, experts: ExpertWeights, activation: Activation, dropout: float
 ) -> dict[str, str]:
-    """Name of each product -> why it cannot serve a call, or ""."""
+    """Name of each product -> why it cannot serve a call, or "".
+
+    The first call with a dtype checks the kernels of each product.
+    """
     from fairseq_evomoe.kernels.experts.products_triton import activation_id
 
     lanes = 16 // x.element_size()
@@ -71,7 +76,47 @@ def unsupported_products(
         fused = "has no dropout"
     elif activation_id(activation) is None:
         fused = "has ReLU and GELU alone"
-    return {"grouped_mm": grouped, "fused": fused}
+    return {
+        "grouped_mm": grouped or self_check.failure("experts, grouped_mm", x, _check_grouped),
+        "fused": fused or self_check.failure("experts, fused", x, _check_fused),
+    }
+
+
+def _check_grouped(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return _check("grouped_mm", 16, 24, device, dtype)
+
+
+def _check_fused(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return _check("fused", 13, 21, device, dtype)
+
+
+def _check(
+    product: str, width: int, hidden: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A product on 37 tokens and 5 experts, of which two have no token, beside torch's path."""
+    experts, tokens = 5, 37
+    shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
+    leaves = [self_check.draw(1, device, dtype, tokens, width)]
+    leaves += [self_check.draw(2 + i, device, dtype, experts, *s) for i, s in enumerate(shapes)]
+    leaves.append(self_check.draw(7, device, torch.float32, tokens, experts))
+    at = torch.arange(tokens, device=device)
+    active = torch.zeros(tokens, experts, dtype=torch.bool, device=device)
+    active[at, 1 + at % 2 * 3] = True
+    active[::3, 2] = True
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        routing = Routing(weights[4] * active, active, 2)
+        return sparse_product(
+            *(product, x, ExpertWeights(*weights[:4]), routing), max_pairs=2 * tokens,
+            activation=F.relu,
+        )  # fmt: skip
+
+    have = self_check.with_gradients(run(*leaves), leaves)
+    exact = [p.detach().float().requires_grad_() for p in leaves]
+    routing = Routing(exact[5] * active, active, 2)
+    weights = ExpertWeights(*exact[1:5])
+    y = eager.grouped_ffn(exact[0], weights, sparse_pairs(routing), activation=F.relu)
+    return have, self_check.with_gradients(y, exact)
 
 
 def choose_product(
@@ -115,13 +160,30 @@ def sparse_ffn(
             spares the device a wait for the host. Rows beyond the last expert's reach no result.
         activation, dropout: as for `moe_ffn.moe_ffn`.
     """
+    product = choose_product(x, experts, activation, dropout)
+    return sparse_product(
+        product, x, experts, routing, max_pairs=max_pairs, activation=activation, dropout=dropout
+    )
+
+
+def sparse_product(
+    product: str,
+    x: Tensor,
+    experts: ExpertWeights,
+    routing: Routing,
+    *,
+    max_pairs: int,
+    activation: Activation,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`sparse_ffn` by one of `PRODUCTS`."""
     from fairseq_evomoe.kernels.experts.dispatch_triton import add_bias, combine, dispatch
     from fairseq_evomoe.kernels.experts.pairs_triton import sort_pairs
     from fairseq_evomoe.kernels.experts.products_triton import activation_id, fused_ffn
 
     pairs = sort_pairs(routing.active, max_pairs)
     number = activation_id(activation)
-    if choose_product(x, experts, activation, dropout) == "fused" and number is not None:
+    if product == "fused" and number is not None:
         return fused_ffn(x, experts, routing.weights, pairs, activation=number)
     w1, b1, w2, b2 = experts
     h = F.grouped_mm(dispatch(x, pairs.place, max_pairs), w1.transpose(1, 2), offs=pairs.ends)

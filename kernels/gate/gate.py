@@ -7,7 +7,7 @@ is Gumbel(0, 1) noise times its strength, b a bias of the selection. The argmax 
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels import backend, self_check
 from fairseq_evomoe.kernels.gate.rule import (
     GateOutput,
     Rule,
@@ -15,13 +15,15 @@ from fairseq_evomoe.kernels.gate.rule import (
     combine_weights,
     top_k_mask,
 )
-from fairseq_evomoe.kernels.gate.sums import unpack_sums, unsupported
+from fairseq_evomoe.kernels.gate.sums import routing_sums, unpack_sums, unsupported
 
 
 def _by_triton(logits: Tensor, rule: Rule, bias: Tensor | None, sums: bool) -> GateOutput | None:
     """The gate in one pass by Triton; None if Triton does not serve this call."""
     name = backend.choose_backend(
-        triton=lambda: unsupported(logits), torch=backend.supported, reference=backend.supported
+        triton=lambda: unsupported(logits) or self_check.failure("gate", logits, _check),
+        torch=backend.supported,
+        reference=backend.supported,
     )
     if name != "triton":
         return None
@@ -33,6 +35,31 @@ def _by_triton(logits: Tensor, rule: Rule, bias: Tensor | None, sums: bool) -> G
         seed = torch.randint(2**31 - 1, (), dtype=torch.int64)
     weights, active, probs, row = fused_gate(logits, rule, bias, seed, sums=sums)
     return GateOutput(weights, active, probs, unpack_sums(row) if sums else None)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The fused gate on 37 tokens and 5 experts beside torch's, for two kinds of rules."""
+    from fairseq_evomoe.kernels.gate.gate_triton import fused_gate
+
+    bias = self_check.draw(2, device, dtype, 5).detach()
+    have, want = [], []
+    for rule in (
+        Rule(temperature=0.7, threshold=0.2, max_active=3, combine="straight"),
+        Rule(exactly=2, combine="renorm"),
+    ):
+        z = self_check.draw(1, device, dtype, 37, 5)
+        weights, active, _, row = fused_gate(
+            z, rule, bias, torch.zeros((), dtype=torch.int64), sums=True
+        )
+        have += [active.float(), *self_check.with_gradients(weights, [z])]
+        have.append(row)
+        z = self_check.draw(1, device, dtype, 37, 5)
+        with backend.use("torch"):
+            output = dense_to_sparse(z, rule, bias)
+            sums = routing_sums(z, output.probs, output.active)
+        want += [output.active.float(), *self_check.with_gradients(output.weights, [z])]
+        want.append(torch.cat([x.reshape(-1) for x in sums]))
+    return have, want
 
 
 def dense_to_sparse(

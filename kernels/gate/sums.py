@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels import backend, self_check
 
 
 class RoutingSums(NamedTuple):
@@ -69,7 +69,10 @@ def routing_sums(logits: Tensor, probs: Tensor, chosen: Tensor) -> RoutingSums:
         chosen: the pairs to count, (T, E) bool.
     """
     name = backend.choose_backend(
-        triton=lambda: unsupported(logits, probs), torch=backend.supported
+        triton=lambda: (
+            unsupported(logits, probs) or self_check.failure("routing sums", logits, _check)
+        ),
+        torch=backend.supported,
     )
     if name == "triton":
         from fairseq_evomoe.kernels.gate.sums_triton import fused_sums
@@ -81,3 +84,16 @@ def routing_sums(logits: Tensor, probs: Tensor, chosen: Tensor) -> RoutingSums:
         logits.logsumexp(-1).square().sum(),
         entropy(probs).sum(),
     )
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The fused sums over 37 tokens and 5 experts beside torch's."""
+    from fairseq_evomoe.kernels.gate.sums_triton import fused_sums
+
+    z = self_check.draw(1, device, dtype, 37, 5)
+    chosen = z.detach() > 0.5
+    have = self_check.with_gradients(fused_sums(z, z.softmax(-1), chosen), [z])
+    with backend.use("torch"):
+        sums = routing_sums(z, z.softmax(-1), chosen)
+    row = torch.cat([x.reshape(-1) for x in sums])
+    return have, self_check.with_gradients(row, [z])

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels import backend
+from fairseq_evomoe.kernels import backend, self_check
 from fairseq_evomoe.kernels.lookup import cpu, cuda, eager, reference
-from fairseq_evomoe.kernels.lookup.score import SCORES
+from fairseq_evomoe.kernels.lookup.score import SCORES, quantise
 
 
 def lookup(
@@ -57,8 +57,8 @@ def lookup(
         raise ValueError(f"score {score!r}: choose one of {', '.join(SCORES)}")
     native = cuda if z.is_cuda else cpu
     # A look-up of one row takes no longer than asking every backend in turn.
-    at_once = not backend.forced_backend() and not native.unsupported(z, tables)
-    name = "native" if at_once else _choose(native, z, tables)
+    at_once = not backend.forced_backend() and not _native_unsupported(z, tables)
+    name = "native" if at_once else _choose(z, tables)
     if name == "native":
         return native.lookup(z, tables, score=score, temperature=temperature, row_scale=row_scale)
     if name == "triton":
@@ -76,13 +76,20 @@ def lookup(
         return reference.lookup(z, scaled, score=score, temperature=temperature)
 
 
-def _choose(native: ModuleType, z: Tensor, tables: Tensor) -> str:
+def _choose(z: Tensor, tables: Tensor) -> str:
     return backend.choose_backend(
-        native=lambda: native.unsupported(z, tables),
+        native=lambda: _native_unsupported(z, tables),
         triton=lambda: _triton_unsupported(z, tables),
         torch=backend.supported,
         reference=backend.supported,
     )
+
+
+def _native_unsupported(z: Tensor, tables: Tensor) -> str:
+    if not z.is_cuda:
+        return cpu.unsupported(z, tables)
+    reason = cuda.unsupported(z, tables)
+    return reason or self_check.failure(f"look-up, CUDA, {tables.dtype}", z, _check(cuda, tables))
 
 
 def _triton_unsupported(z: Tensor, tables: Tensor) -> str:
@@ -92,4 +99,32 @@ def _triton_unsupported(z: Tensor, tables: Tensor) -> str:
         return reason
     from fairseq_evomoe.kernels.lookup import lookup_triton
 
-    return lookup_triton.unsupported(z, tables)
+    reason = lookup_triton.unsupported(z, tables)
+    name = f"look-up, Triton, {tables.dtype}"
+    return reason or self_check.failure(name, z, _check(lookup_triton, tables))
+
+
+def _check(kernel: ModuleType, tables: Tensor) -> self_check.Case:
+    """A kernel's look-up of 7 rows in 3 tables of 5 bits beside torch's, in the tables' dtype."""
+
+    def case(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        z = self_check.draw(1, device, dtype, 7, 3, 5)
+        stored = self_check.draw(2, device, torch.float32, 3, 32, 37).detach()
+        scale = None
+        if tables.dtype == torch.int8:
+            stored, scale = quantise(stored)
+        stored = stored.to(tables.dtype)
+        exact, wide = z.detach().float(), stored.float()
+        if scale is not None:
+            wide = wide * scale[..., None]
+        if kernel is cuda or scale is not None:
+            with torch.no_grad():
+                have = kernel.lookup(z, stored, score="abs_prob", row_scale=scale)
+                return [have], [eager.lookup(exact, wide, score="abs_prob", temperature=1.0)]
+        leaves = [z, stored.requires_grad_()]
+        have = self_check.with_gradients(kernel.lookup(*leaves, score="abs_prob"), leaves)
+        leaves = [exact.requires_grad_(), wide.requires_grad_()]
+        y = eager.lookup(*leaves, score="abs_prob", temperature=1.0)
+        return have, self_check.with_gradients(y, leaves)
+
+    return case

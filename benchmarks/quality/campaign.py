@@ -174,7 +174,8 @@ def train(key: dict[str, str], work: Path, args: argparse.Namespace) -> None:
         *("--keep-interval-updates", 1, "--validate-interval-updates", every),
         # the texts of single domains are for evaluation after the training
         "--ignore-unused-valid-subsets",
-        *("--cpu", "--num-workers", 0, "--log-format", "json", "--log-interval", 20),
+        *("--num-workers", 0, "--log-format", "json", "--log-interval", min(20, every)),
+        *(("--cpu",) if args.device == "cpu" else ()),
         out=log,
         append=True,
     )
@@ -189,7 +190,7 @@ def train(key: dict[str, str], work: Path, args: argparse.Namespace) -> None:
         "dead_experts": last.get("valid_moe_dead_experts", ""),
         "gnorm_max": max(float(r["gnorm"]) for r in trained[len(trained) // 10 :]),
         "train_seconds": round(sum(float(r["train_wall"]) for r in trained)),
-        **machine(),
+        **machine(args.device),
         "threads": 1,
     }
     append(args.results / "quality.csv", FIELDS, [row])
@@ -217,6 +218,7 @@ def best_rate(found: list[dict[str, str]], method: str) -> str:
 def planned(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """The keys of every run of a stage, seeds in the outer loop."""
     updates, seeds = STAGES[args.stage]
+    updates = args.updates or updates
     sweeps = args.stage == "rates"
     arithmetics = list(ARITHMETIC) if args.stage == "arithmetic" else [args.arithmetic]
     for seed, turn in itertools.product(seeds, range(len(RATES) if sweeps else 1)):
@@ -268,6 +270,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="rates")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--arithmetic", choices=ARITHMETIC, default="fp32")
+    parser.add_argument("--updates", type=int, help="another length than the stage's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "work/campaign")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import ROOT
 from benchmarks.speed.timing import append, gemm_rate, interleave, machine, milliseconds, ratios
 from fairseq_evomoe.kernels.experts import gpu
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
@@ -218,8 +219,8 @@ def peak(case: str, layer: Layer, arguments: list[str]) -> float:
     alone = [
         int(
             subprocess.run(
-                [sys.executable, __file__, "--peak", name, *arguments],
-                capture_output=True, text=True, check=True,
+                [sys.executable, "-m", "benchmarks.speed.dispatch", "--peak", name, *arguments],
+                capture_output=True, text=True, check=True, cwd=ROOT,
             ).stdout.split()[-1]
         )
         for name in (case, "dense")

@@ -91,25 +91,32 @@ class Layers:
     """Layers of one width with inputs; at batch 1 too many layers to stay in the cache."""
 
     def __init__(
-        self, width: int, rows: int, bits: int, score: str, official: Official | None
+        self,
+        width: int,
+        rows: int,
+        bits: int,
+        score: str,
+        official: Official | None,
+        device: str,
     ) -> None:
         cold = rows == 1
         count = max(8, 134_000_000 // (4 * width * width)) if cold else 1
         k, n = -(-width // bits), 2**bits
         self.width, self.rows, self.score, self.count = width, rows, score, count
         self.k, self.n, self.official = k, n, official if rows % 64 == 0 else None
-        self.linear = [nn.Linear(width, width) for _ in range(count)]
-        base = torch.randn(k, n, width)
+        to = {"device": device}
+        self.linear = [nn.Linear(width, width, **to) for _ in range(count)]
+        base = torch.randn(k, n, width, **to)
         self.tables = [base.clone() for _ in range(count)]
         self.half = [base.bfloat16() for _ in range(count)]
         small, self.scale = quantise(base)
         self.small = [small.clone() for _ in range(count)]
         for t in (*self.tables, *self.half, *self.small):
             large_pages(t, now=True)
-        self.z = [torch.randn(rows, k, bits) for _ in range(count)]
+        self.z = [torch.randn(rows, k, bits, **to) for _ in range(count)]
         self.x = [z.reshape(rows, -1)[:, :width].contiguous() for z in self.z]
-        self.dy = torch.randn(rows, width)
-        self.linear_part = torch.randn(k, bits, width)
+        self.dy = torch.randn(rows, width, **to)
+        self.linear_part = torch.randn(k, bits, width, **to)
 
     def call(self, case: str) -> Callable[[int], Tensor]:
         """Return the function that runs layer number i."""
@@ -201,6 +208,7 @@ def main() -> None:
     parser.add_argument("--score", default="prob")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--official", type=Path, help="checkout of the official code")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -208,11 +216,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     official = None if args.official is None else official_kernels(args.official, args.threads)
-    flops, copied = gemm_rate(), copy_rate()
+    flops, copied = gemm_rate(device=args.device), copy_rate(device=args.device)
     print(f"matrix product {flops / 1e9:.0f} GFLOP/s, copy {copied / 1e9:.1f} GB/s", flush=True)
     for width in args.widths:
         for rows in args.rows:
-            layers = Layers(width, rows, args.bits, args.score, official)
+            layers = Layers(width, rows, args.bits, args.score, official, args.device)
             layers.check()
             named = ("fp32", "bf16", "int8", "bag") + ("official",) * bool(layers.official)
             modes = [("forward", layers.forward, named)]
@@ -231,7 +239,7 @@ def main() -> None:
                             "floor_ms": round(1e3 * floor, 4),
                             "linear_ms": round(milliseconds(times["linear"]) / layers.count, 4),
                             **{"bits": args.bits, "score": args.score},
-                            **machine(),
+                            **machine(args.device),
                         }
                     )
                     print({k: made[-1][k] for k in FIELDS[:10]}, flush=True)

@@ -54,9 +54,9 @@ def gemm_rate(size: int = 1024, **like: Any) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
-def copy_rate(size: int = 2**26) -> float:
+def copy_rate(size: int = 2**26, device: str = "cpu") -> float:
     """Bytes/s that a copy of `size` bytes reads (it writes as many)."""
-    a = torch.ones(size // 4)
+    a = torch.ones(size // 4, device=device)
     b = torch.empty_like(a)
     return size / statistics.median(interleave({"copy": lambda: b.copy_(a)}, 9)["copy"])
 

@@ -5,7 +5,8 @@
 What is timed is one update (forward, backward, clip, Adam) by fairseq's Trainer, with this
 package's tasks and criterions or with fairseq's own (`stock`). Models take turns in every round, on
 the same batches. Medians over the rounds are reported, each also as a ratio of words/s to stock in
-float32. MoE layers are in their last stage, with routers of unit scale that spread the tokens.
+float32. MoE layers are in their last stage, with routers of unit scale that spread the tokens. With
+`--device cuda`, `--arithmetic amp` is fairseq's autocast to fp16, and `bf16` has bfloat16 weights.
 """
 
 import argparse
@@ -24,33 +25,43 @@ from fairseq_evomoe.modules.moe_layer import moe_layers
 
 FIELDS = (
     "task case arithmetic words_per_s ratio_to_stock ratio_p20 ratio_p80 ratio_to_dense "
-    "rounds threads device torch date"
+    "rounds width threads device torch date"
 ).split()
 
-WIDTH = ("embed-dim", 128), ("ffn-embed-dim", 512), ("attention-heads", 4)
-LM = (
-    *("--tokens-per-sample", 256, "--share-decoder-input-output-embed", "--decoder-layers", 4),
-    *(x for name, n in WIDTH for x in (f"--decoder-{name}", n)),
-    # without them fairseq's own model makes its output layer 512 wide
-    *("--decoder-output-dim", 128, "--decoder-input-dim", 128),
-)
-TRANSLATION = (
-    *("--share-all-embeddings", "--encoder-layers", 3, "--decoder-layers", 3),
-    *(x for name, n in WIDTH for side in ("encoder", "decoder") for x in (f"--{side}-{name}", n)),
-    *("--label-smoothing", 0.1),
-)
+LM = ("--tokens-per-sample", 256, "--share-decoder-input-output-embed")
+TRANSLATION = ("--share-all-embeddings", "--label-smoothing", 0.1)
 SETUPS = {
     "lm": {
         "stock": ("--task", "language_modeling", "--arch", "transformer_lm", *LM),
         "ours": ("--task", "language_modeling_evomoe", "--arch", "transformer_lm_evomoe", *LM),
         "criterion": "cross_entropy",
+        "sides": ("decoder",),
     },
     "translation": {
         "stock": ("--task", "translation", "--arch", "transformer", *TRANSLATION),
         "ours": ("--task", "translation_evomoe", "--arch", "transformer_evomoe", *TRANSLATION),
         "criterion": "label_smoothed_cross_entropy",
+        "sides": ("encoder", "decoder"),
     },
 }
+
+
+def sizes(task: str, width: int, layers: int | None) -> list[Any]:
+    """The flags of a model's sizes; the layers are for each side."""
+    flags: list[Any] = []
+    sides = SETUPS[task]["sides"]
+    for side in sides:
+        values = {
+            "embed-dim": width,
+            "ffn-embed-dim": 4 * width,
+            "attention-heads": max(4, width // 64),
+            "layers": layers or (4 if len(sides) == 1 else 3),
+        }
+        flags += [x for name, n in values.items() for x in (f"--{side}-{name}", n)]
+    # without them fairseq's own language model makes its output layer 512 wide
+    return [*flags, "--decoder-output-dim", width, "--decoder-input-dim", width]
+
+
 DENSE = ("--moe-freq", 0)
 MOE = ("--moe-freq", 2, "--moe-expert-count", 8, "--evo-spawn-update", 0)
 CASES = {
@@ -95,6 +106,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="binarised by fairseq-preprocess")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--arithmetic", nargs="+", choices=ARITHMETIC, default=["float32", "amp"])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="layers of each side (default: 4, or 3 and 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--batches", type=int, default=2, help="updates per round")
     parser.add_argument("--rounds", type=int, default=9)
@@ -106,7 +120,9 @@ def main() -> None:
 
     def run(kind: str, *flags: Any, criterion: str) -> Run:
         common = ("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", 1e-3)
-        common += ("--clip-norm", 1, "--max-update", 10**6, "--cpu", "--num-workers", 0)
+        common += ("--clip-norm", 1, "--max-update", 10**6, "--num-workers", 0)
+        common += ("--cpu",) if args.device == "cpu" else ()
+        common += tuple(sizes(args.task, args.width, args.layers))
         common += ("--max-tokens", args.max_tokens, "--criterion", criterion)
         argv = [args.data, "--user-dir", USER_DIR, *setup[kind], *common, *flags]
         return Run(argv, args.batches)
@@ -133,8 +149,8 @@ def main() -> None:
                 "ratio_p20": to_stock["ratio_p20"],
                 "ratio_p80": to_stock["ratio_p80"],
                 "ratio_to_dense": ratios(times, dense, name)["ratio_p50"] if dense in times else "",
-                "rounds": args.rounds,
-                **machine(),
+                **{"rounds": args.rounds, "width": args.width},
+                **machine(args.device),
             }
         )
         print(rows[-1], flush=True)

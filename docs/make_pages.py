@@ -75,6 +75,11 @@ SECTIONS = (
         ("memory_lr_scale", "memory_weight_decay", "memory_tables"),
     ),
     (
+        "Training on a CPU",
+        "`--amp` multiplies in bfloat16 there ([speed.md](speed.md)).",
+        ("cpu_matmul",),
+    ),
+    (
         "Several workers",
         "",
         ("expert_parallel", "expert_parallel_size", "expert_parallel_save"),

@@ -17,6 +17,7 @@ from omegaconf import II
 from fairseq_evomoe.options import (
     ChoiceGroup,
     Combine,
+    CpuMatmul,
     Diversify,
     ExpertSave,
     ExpertType,
@@ -306,6 +307,11 @@ class EvolutionConfig(SplitConfig, ParallelConfig):
         None,
         "stable: update from which the distilled router is frozen and does the routing; by default "
         "a tenth of --max-update after the split. An update beyond --max-update never freezes it",
+    )
+    cpu_matmul: CpuMatmul = option(
+        "auto",
+        "who multiplies float32 matrices on a CPU: torch (its default), onednn, or auto, which "
+        "measures and takes the faster one that is as exact",
     )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")

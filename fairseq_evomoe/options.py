@@ -114,6 +114,14 @@ class TemperatureSchedule(StrEnum):
     cosine = "cosine"
 
 
+class CpuMatmul(StrEnum):
+    """Values of `--cpu-matmul`."""
+
+    auto = "auto"
+    torch = "torch"
+    onednn = "onednn"
+
+
 class ExpertSave(StrEnum):
     """Values of `--expert-parallel-save`."""
 

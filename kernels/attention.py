@@ -1,4 +1,4 @@
-"""Attention for training on CPUs, where torch's own is slow: bfloat16, and short sequences.
+"""Attention on CPUs where torch's own is slow: bfloat16, oneDNN's products, and short sequences.
 
 torch's flash attention for CPUs passes its many small products to routines that take longer to
 start than to multiply, most of all in the backward pass of bfloat16. Two batched products and a
@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_evomoe.kernels.matmul import by_onednn
+
 SHORT = 64 * 64
-"""Largest number of scores per head, L S, for which products beat flash attention in float32."""
+"""Largest number of scores per head, L S, for which products beat flash attention in float32.
+
+If oneDNN makes the products, flash attention is slow at every length, without gradients too.
+"""
 
 _torch_attention = F.scaled_dot_product_attention
 
@@ -96,15 +101,16 @@ def attention(
     product = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         product = torch.get_autocast_dtype(query.device.type)
+    trains = torch.is_grad_enabled() and query.requires_grad
     fast = (
         query.device.type == "cpu"
-        and ((torch.is_grad_enabled() and query.requires_grad) or _RECOMPUTED.get())
+        and (trains or _RECOMPUTED.get() or by_onednn())
         and query.dim() == 4
         and not (is_causal or dropout_p or options)
         and not (attn_mask is not None and attn_mask.requires_grad)
         and key.shape == value.shape
         and key.shape[:2] == query.shape[:2]
-        and (product == torch.bfloat16 or query.size(2) * key.size(2) <= SHORT)
+        and (product == torch.bfloat16 or by_onednn() or query.size(2) * key.size(2) <= SHORT)
         and product in (torch.bfloat16, torch.float32, torch.float64)
     )
     if not fast:

@@ -6,6 +6,7 @@ What is timed is one update (forward, backward, clip, Adam) by fairseq's Trainer
 package's tasks and criterions or with fairseq's own (`stock`). Models take turns in every round, on
 the same batches. Medians over the rounds are reported, each also as a ratio of words/s to stock in
 float32. MoE layers are in their last stage, with routers of unit scale that spread the tokens. With
+`--arithmetic onednn`, products are float32 too, made by oneDNN (`--cpu-matmul`). With
 `--device cuda`, `--arithmetic amp` is fairseq's autocast to fp16, and `bf16` has bfloat16 weights.
 """
 
@@ -70,7 +71,12 @@ CASES = {
     "dts": (*MOE, "--moe-gate", "dts", "--dts-hard-update", 1),
     "memoryformer": (*DENSE, "--memory-ffn", "--memory-attention", "--memory-bits", 4),
 }
-ARITHMETIC = {"float32": (), "bf16": ("--bf16",), "amp": ("--amp",)}
+ARITHMETIC = {
+    "float32": ("--cpu-matmul", "torch"),
+    "onednn": ("--cpu-matmul", "onednn"),
+    "bf16": ("--bf16",),
+    "amp": ("--amp",),
+}
 
 
 class Run:

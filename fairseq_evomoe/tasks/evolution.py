@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_evomoe.config import EvolutionConfig
 from fairseq_evomoe.kernels.attention import fast_attention
+from fairseq_evomoe.kernels.matmul import by_onednn, choose, products
 from fairseq_evomoe.kernels.pages import keep_freed_memory
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
@@ -103,26 +106,44 @@ class EvolutionMixin:
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if next(model.parameters()).device.type == "cpu":
+        if _is_on_cpu(model):
             keep_freed_memory()
             criterion = _fast_on_cpu(criterion, autocast=self.autocasts_on_cpu)
-        split_when_due(model, optimizer, self.flags, update_num, sample)
-        if self._gate is None or not self._gate.cfg.moe_balance_bias:
-            return super().train_step(
-                sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-            )
-        # without a gradient on the router this is the first micro-batch of an update: what was
-        # counted before belongs to an update that is over, or that fairseq has skipped
-        if all(p.grad is None for p in self._gate.parameters()):
-            self._load = LoadOfUpdate()
-        with recording() as log:
-            result = super().train_step(
-                sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-            )
+        step = partial(
+            super().train_step,
+            *(sample, model, criterion, optimizer, update_num, ignore_grad),
+            **kwargs,
+        )
+        # the backward pass is a part of the step
+        with self._products(model):
+            split_when_due(model, optimizer, self.flags, update_num, sample)
+            if self._gate is None or not self._gate.cfg.moe_balance_bias:
+                return step()
+            # without a gradient on the router this is the first micro-batch of an update: what was
+            # counted before belongs to an update that is over, or that fairseq has skipped
+            if all(p.grad is None for p in self._gate.parameters()):
+                self._load = LoadOfUpdate()
+            with recording() as log:
+                result = step()
         # a dummy batch, for a worker that has run out of data, balances nothing
         if not ignore_grad:
             self._load.add(log)
         return result
+
+    def valid_step(self, sample: Any, model: nn.Module, criterion: Any) -> Any:
+        with self._products(model), _fast_attention_by_onednn():
+            return super().valid_step(sample, model, criterion)
+
+    def inference_step(self, generator: Any, models: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._products(models[0]), _fast_attention_by_onednn():
+            return super().inference_step(generator, models, *args, **kwargs)
+
+    def _products(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A block in which float32 products are made as `--cpu-matmul` says, on a CPU."""
+        if not _is_on_cpu(model):
+            return nullcontext()
+        # tasks of older checkpoints lack the flag
+        return products(choose(str(getattr(self.flags, "cpu_matmul", "auto"))))
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         super().optimizer_step(optimizer, model, update_num)
@@ -155,6 +176,14 @@ class EvolutionMixin:
             update_epoch_batch_itr=update_epoch_batch_itr,
             **kwargs,
         )
+
+
+def _is_on_cpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cpu"
+
+
+def _fast_attention_by_onednn() -> AbstractContextManager[None]:
+    return fast_attention() if by_onednn() else nullcontext()
 
 
 def _fast_on_cpu(criterion: Any, *, autocast: bool) -> Callable[[Any, Any], Any]:

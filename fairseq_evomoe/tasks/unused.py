@@ -17,6 +17,7 @@ from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.gates.dense_to_sparse import DenseToSparseGate
 from fairseq_evomoe.modules.gates.stable import StableGate
 from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.tasks.checks import on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ RULES = (
         lambda s: s.task.expert_parallel,
         "--expert-parallel",
     ),
+    Rule(("cpu_matmul",), lambda s: on_cpu(s.task), "a CPU: give --cpu"),
     Rule(
         _names(MemoryConfig),
         lambda s: s.looks_up,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Pairs
+from fairseq_evomoe.kernels.matmul import by_onednn
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -44,7 +45,8 @@ def grouped_ffn(
         ValueError: the pairs do not add up.
     """
     check_pairs(x, experts, pairs)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    compiled = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and by_onednn())
+    if compiled and x.device.type == "cpu":
         pairs = filled_up(pairs)
     weight, token, counts = pairs
     return _GroupedFFN.apply(
@@ -70,8 +72,9 @@ def check_pairs(x: Tensor, experts: ExpertWeights, pairs: Pairs) -> None:
 def filled_up(pairs: Pairs, multiple: int = 32) -> Pairs:
     """Fill the rows of each expert up to a multiple, with pairs of token 0 of weight 0.
 
-    oneDNN, which multiplies bfloat16 on CPUs, compiles code for each number of rows that it meets.
-    An expert's number of rows is another one in every step, so most products would wait for it.
+    oneDNN, which multiplies bfloat16 on CPUs, and float32 if `matmul` says so, compiles code for
+    each number of rows that it meets. An expert's number of rows is another one in every step, so
+    most products would wait for it.
     """
     weight, token, counts = pairs
     if token is None:

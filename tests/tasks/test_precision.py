@@ -6,6 +6,8 @@ from conftest import FAMILIES, train, train_args
 from torch import nn
 
 from fairseq_evomoe.criterions import moe_cross_entropy
+from fairseq_evomoe.kernels import output_loss
+from fairseq_evomoe.kernels.matmul import by_onednn
 from fairseq_evomoe.modules.gates.base import ScoreGate
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-hard-update", 9)
@@ -33,6 +35,26 @@ def test_the_curve_is_that_of_float32(toy, tmp_path, kind, family):
         for name in ("plain", "mixed")
     )
     assert {n: v.dtype for n, v in one.items()} == {n: v.dtype for n, v in other.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_by_onednn(toy, tmp_path, kind, family, monkeypatch):
+    """With --cpu-matmul onednn the same run differs in roundings alone, and all of its products,
+    those of backward passes and of validation included, are made in that way."""
+    seen = set()
+
+    def note(matrices):
+        return lambda *args, **kw: seen.add(by_onednn()) or matrices(*args, **kw)
+
+    flags = (*KINDS[kind], "--dropout", 0, "--max-update", 20, "--cpu-matmul")
+    plain = train(*train_args(toy, tmp_path / "plain", *flags, "torch", family=family))
+    monkeypatch.setattr(output_loss.F, "linear", note(output_loss.F.linear))
+    monkeypatch.setattr(torch, "mm", note(torch.mm))
+    other = train(*train_args(toy, tmp_path / "other", *flags, "onednn", family=family))
+    assert seen == {True} and not by_onednn()
+    assert other[0]["loss"] == pytest.approx(plain[0]["loss"], abs=2e-3)
+    assert other[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.05)
 
 
 def test_what_runs_in_which_dtype(toy, tmp_path, monkeypatch):

@@ -43,7 +43,12 @@ setup(
         "fairseq_evomoe.tasks",
         "fairseq_evomoe.tools",
     ],
-    package_data={"fairseq_evomoe": ["py.typed"], "fairseq_evomoe.kernels.lookup": ["csrc/*"]},
+    package_data={
+        "fairseq_evomoe": ["py.typed"],
+        "fairseq_evomoe.kernels": ["csrc/*"],
+        "fairseq_evomoe.kernels.experts": ["csrc/*"],
+        "fairseq_evomoe.kernels.lookup": ["csrc/*"],
+    },
     install_requires=[
         # fairseq's main branch, which imports on Python 3.11, is published under this name
         "fairseq-fixed==0.12.3.1",

@@ -28,7 +28,7 @@ SECTIONS = (
         "(`_base`, `_large`) set `--moe-freq 2` and `--moe-expert-count` 4, 8 (`_wmt_en_de`) or 16 "
         "(the GPT and RoBERTa sizes).",
         ("moe_freq", "encoder_moe_freq", "decoder_moe_freq", "moe_expert_count"),
-        ("moe_expert_ffn_dim", "moe_expert_type", "moe_shared_expert"),
+        ("moe_expert_ffn_dim", "moe_expert_type", "moe_expert_storage", "moe_shared_expert"),
     ),
     (
         "How the gate chooses experts",

@@ -20,6 +20,7 @@ from fairseq_evomoe.options import (
     CpuMatmul,
     Diversify,
     ExpertSave,
+    ExpertStorage,
     ExpertType,
     Flags,
     Noise,
@@ -52,6 +53,10 @@ class MoEConfig(Flags):
         "ffn",
         "kind of expert: ffn, or memory (look-up layers, see --memory-*)",
         old_name="--expert-type",
+    )
+    moe_expert_storage: ExpertStorage = option(
+        "trained",
+        "how experts' matrices are stored: trained, or int8 as evomoe-export --experts writes them",
     )
     moe_gate: str = option(
         "dts", "gate: dts, dense, switch, gshard, topk, base, hash, stable or expert_choice"
@@ -210,6 +215,12 @@ class MoEConfig(Flags):
             "give a width, or leave the flag out for the width of the dense FFN",
         )
         self.need_choice("--moe-expert-type", ExpertType)
+        self.need_choice("--moe-expert-storage", ExpertStorage)
+        self.need(
+            self.moe_expert_type == "ffn" or self.moe_expert_storage == "trained",
+            "--moe-expert-storage",
+            "memory experts have no such form",
+        )
         self.need(
             self.moe_expert_type == "ffn" or self.moe_expert_ffn_dim is None,
             "--moe-expert-ffn-dim",

@@ -65,6 +65,13 @@ class ExpertType(StrEnum):
     memory = "memory"
 
 
+class ExpertStorage(StrEnum):
+    """Values of `--moe-expert-storage`."""
+
+    trained = "trained"
+    int8 = "int8"
+
+
 class SecondExpert(StrEnum):
     """Values of `--moe-second-expert-policy`."""
 

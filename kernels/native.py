@@ -21,6 +21,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+COMMON = Path(__file__).parent / "csrc"
+"""Folder of the headers that kernels for CPUs share."""
+
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-w")
 CUDA_FLAGS = (
     *("-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC"),
@@ -50,7 +53,8 @@ def _command(sources: Path, name: str) -> list[str]:
     if not compiler:
         raise RuntimeError("no C++ compiler: install one (Debian: apt-get install g++) or set CXX")
     root = Path(torch.__file__).parent
-    command = [compiler, *FLAGS, f"-I{root / 'include'}", str(sources / f"{name}.cpp")]
+    include = [f"-I{folder}" for folder in (root / "include", COMMON, sources)]
+    command = [compiler, *FLAGS, *include, str(sources / f"{name}.cpp")]
     return [*command, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
@@ -64,7 +68,8 @@ def build(sources: Path, name: str) -> Path:
     """
     command = _command(sources, name)
     inputs = [torch.__version__, platform.machine(), *command]
-    inputs += [p.read_text() for p in sorted(sources.glob(f"{name}*"))]
+    shared = COMMON.glob("*") if (sources / f"{name}.cpp").exists() else ()
+    inputs += [p.read_text() for p in sorted((*sources.glob(f"{name}*"), *shared))]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     target = cache_folder() / f"{name}-{key}.so"
     if target.exists():
@@ -82,6 +87,28 @@ def build(sources: Path, name: str) -> Path:
     finally:
         Path(draft).unlink(missing_ok=True)
     return target
+
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def chosen_isa(best: int) -> int:
+    """Index into `ISAS` of the instruction set to use: EVOMOE_CPU_ISA, or the best of this machine.
+
+    Args:
+        best: index of the widest instruction set that this machine has.
+
+    Raises:
+        ValueError: if EVOMOE_CPU_ISA names an instruction set that this machine does not have.
+    """
+    requested = os.environ.get("EVOMOE_CPU_ISA")
+    if not requested:
+        return best
+    if requested not in ISAS[: best + 1]:
+        raise ValueError(
+            f"EVOMOE_CPU_ISA={requested!r}: this machine has {', '.join(ISAS[: best + 1])}"
+        )
+    return ISAS.index(requested)
 
 
 # a cached function does not keep two threads from running it at the same time

@@ -126,10 +126,10 @@ def test_wheel(checkout, environment, tmp_path, toy):
         for p in (checkout / d).rglob("*.py")
     }
     assert names == sources, "every module of the checkout is in the wheel"
-    source = "kernels/lookup/csrc"
-    assert {p.name for p in (inside / source).iterdir()} == {
-        p.name for p in (checkout / source).iterdir()
-    }
+    for source in ("kernels/csrc", "kernels/experts/csrc", "kernels/lookup/csrc"):
+        assert {p.name for p in (inside / source).iterdir()} == {
+            p.name for p in (checkout / source).iterdir()
+        }
     words = train_args(toy, elsewhere / "run", "--max-update", 2)
     words[words.index("--user-dir") + 1] = "fairseq_evomoe"
     run(python, "-m", "fairseq_cli.train", *words, cwd=elsewhere)

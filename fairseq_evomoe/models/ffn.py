@@ -103,8 +103,15 @@ def build_moe_layer(
         experts = MemoryBank(width, memory or MemoryConfig(), **common)
     else:
         experts = ExpertBank(dense.fc1, dense.fc2, activation=dense.activation, **common)
+        if moe.moe_expert_storage == "int8":
+            experts.to_int8()
     shard = shard_of_layer(num_experts, shared=moe.moe_shared_expert)
     if shard is not None:
+        if moe.moe_expert_storage == "int8":
+            raise ValueError(
+                "--moe-expert-storage int8 is for inference on one worker: leave out "
+                "--expert-parallel"
+            )
         experts.distribute(shard)
     return EvoMoELayer(gate, experts, name=name)
 

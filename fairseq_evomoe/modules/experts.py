@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairseq_evomoe.kernels.experts import few_rows
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
+from fairseq_evomoe.kernels.lookup.score import quantise
 from fairseq_evomoe.modules.torchscript import NotScriptable
 from fairseq_evomoe.parallel.exchange import exchange
 from fairseq_evomoe.parallel.mesh import Shard
@@ -150,9 +152,9 @@ def _with_column(routing: Routing, weight: float) -> Routing:
 class ExpertBank(Bank):
     """E feed-forward networks whose weights are stacked in `nn.Linear`'s layout.
 
-    The parameters are `w1` (E, F, D), `b1` (E, F), `w2` (E, D, F) and `b2` (E, D). Expert 0 is the
-    base expert. It takes over the two linear layers that a dense model would have here, so a dense
-    model and the diversify stage agree bitwise.
+    The parameters are `w1` (E, F, D), `b1` (E, F), `w2` (E, D, F) and `b2` (E, D); `to_int8` stores
+    the matrices in a smaller form. Expert 0 is the base expert. It takes over the two linear layers
+    that a dense model would have here, so a dense model and the diversify stage agree bitwise.
 
     Args:
         fc1, fc2: the dense layer's linear maps D -> F -> D.
@@ -169,6 +171,10 @@ class ExpertBank(Bank):
         "w2": Part("fc2", 2),
         "b2": Part("fc2"),
     }
+    w1: Tensor
+    w2: Tensor
+    scale1: Tensor
+    scale2: Tensor
     # a unit whose fc2 weights are zeroed goes on learning; a ReLU unit with zeroed fc1 never does
     mask_side = "fc2"
 
@@ -230,18 +236,64 @@ class ExpertBank(Bank):
         """F."""
         return self.b1.size(1)
 
+    def to_int8(self) -> None:
+        """Store both matrices as int8 with a scale per row, for inference.
+
+        `w1` and `w2` become buffers, and `scale1` (E, F) and `scale2` (E, D) float32 join them.
+        """
+        for number in (1, 2):
+            small, scale = quantise(getattr(self, f"w{number}").detach())
+            del self._parameters[f"w{number}"]
+            self.register_buffer(f"w{number}", small)
+            self.register_buffer(f"scale{number}", scale)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether `to_int8` was called."""
+        return self.w1.dtype == torch.int8
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertBank":
+        """Move or cast as torch does, but keep the scales of int8 rows in float32."""
+        exact = {n: b for n, b in self._buffers.items() if n.startswith("scale") and b is not None}
+        super()._apply(fn, recurse)
+        for name, scale in exact.items():
+            self._buffers[name] = scale.to(self.w1.device)
+        return self
+
+    def _matrix(self, number: int, expert: int | slice, dtype: torch.dtype) -> Tensor:
+        """w1 or w2 of one expert or of several."""
+        stored = getattr(self, f"w{number}")[expert]
+        if not self.is_int8:
+            return stored
+        return (stored * getattr(self, f"scale{number}")[expert][..., None]).to(dtype)
+
     def run_expert(self, expert: int, x: Tensor) -> Tensor:
         """Run one expert alone on x (..., D). Expert 0 agrees with the dense layer bitwise."""
-        h = self.activation(F.linear(x, self.w1[expert], self.b1[expert]))
+        self._refuse_training()
+        h = self.activation(F.linear(x, self._matrix(1, expert, x.dtype), self.b1[expert]))
         h = F.dropout(h, self.dropout, training=self.training)
-        return F.linear(h, self.w2[expert], self.b2[expert])
+        return F.linear(h, self._matrix(2, expert, x.dtype), self.b2[expert])
 
     def run_local(self, x: Tensor, routing: Routing) -> Tensor:
         """See `Bank.run_local`."""
+        self._refuse_training()
+        if self.is_int8 and not few_rows.unsupported_int8(x, routing):
+            weights = ExpertWeights(self.w1, self.b1, self.w2, self.b2)
+            scales = (self.scale1, self.scale2)
+            return few_rows.ffn(x, weights, routing, activation=self.activation, scales=scales)
+        every = slice(None)
+        w1, w2 = (self._matrix(number, every, x.dtype) for number in (1, 2))
         return moe_ffn(
             x,
-            ExpertWeights(self.w1, self.b1, self.w2, self.b2),
+            ExpertWeights(w1, self.b1, w2, self.b2),
             routing,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
         )
+
+    def _refuse_training(self) -> None:
+        if self.training and self.is_int8:
+            raise ValueError(
+                "--moe-expert-storage int8 is for inference; train the checkpoint that "
+                "evomoe-export made it from"
+            )

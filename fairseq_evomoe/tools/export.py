@@ -148,28 +148,57 @@ def restore(folder: Path) -> dict[str, Any]:
     return {**checkpoint, "model": model, "extra_state": {}}
 
 
-def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
-    """Convert the look-up tables of a checkpoint to "bf16", or to "int8" with one scale per row.
+def converted(
+    source: Path, *, tables: str | None = None, experts: str | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint and convert its look-up tables or its experts, for inference only.
 
-    The linear part of tables (`--memory-linear`) is added to the rows; "fp32" does this alone. The
-    result serves for inference only. fairseq-generate and fairseq's other commands read it like any
-    checkpoint. Optimizer state is left out.
+    fairseq-generate and fairseq's other commands read the result like any checkpoint. Optimizer
+    state is left out.
+
+    Args:
+        tables: "bf16", or "int8" with one scale per row. The linear part of tables
+            (`--memory-linear`) is added to the rows; "fp32" does this alone.
+        experts: "int8", with one scale per row of an expert's matrices.
 
     Raises:
-        ValueError: the checkpoint has no tables that can be converted.
+        ValueError: the checkpoint has nothing that can be converted.
     """
     checkpoint = load(source)
-    flags = flags_of(checkpoint)
+    checkpoint.pop("last_optimizer_state", None)
+    if tables is not None:
+        _convert_tables(checkpoint, source, tables)
+    if experts is not None:
+        _convert_experts(checkpoint, source, experts)
+    return checkpoint
+
+
+def _convert_experts(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
+    flags, model = flags_of(checkpoint), checkpoint["model"]
+    if read_flag(flags, "moe_expert_storage", "trained") != "trained":
+        raise ValueError(f"--experts: the experts of {source} are converted already")
+    if any(name.endswith("experts.tables1") for name in model):
+        raise ValueError("--experts: memory experts (--moe-expert-type memory) have no such form")
+    found = [name for name in model if name.endswith(("experts.w1", "experts.w2"))]
+    if not found:
+        raise ValueError(f"--experts: {source} has no experts")
+    for name in tqdm(found, unit="matrix", disable=None):
+        layer, number = name[:-2], name[-1]
+        model[name], model[f"{layer}scale{number}"] = quantise(model[name])
+    checkpoint["cfg"]["model"] = with_flags(flags, moe_expert_storage=dtype)
+
+
+def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
+    flags, model = flags_of(checkpoint), checkpoint["model"]
     if read_flag(flags, "memory_tables", "trained") != "trained":
         raise ValueError(f"--tables: the tables of {source} are converted already")
-    model = checkpoint["model"]
     if any(name.endswith("experts.tables1") for name in model):
         raise ValueError("--tables: memory experts (--moe-expert-type memory) cannot be converted")
-    tables = [name for name in model if name.endswith(".tables")]
-    if not tables:
+    found = [name for name in model if name.endswith(".tables")]
+    if not found:
         raise ValueError(f"--tables: {source} has no look-up layer")
     memory = MemoryConfig.from_args(built(flags))
-    for name in tqdm(tables, unit="layer", disable=None):
+    for name in tqdm(found, unit="layer", disable=None):
         layer = name.removesuffix("tables")
         linear = model.pop(layer + "linear", None)
         if linear is not None:
@@ -182,14 +211,12 @@ def convert_tables(source: Path, dtype: str) -> dict[str, Any]:
     checkpoint["cfg"]["model"] = with_flags(
         flags, memory_tables=dtype, memory_linear=False, memory_straight_through=False
     )
-    checkpoint.pop("last_optimizer_state", None)
-    return checkpoint
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.tables:
+    if args.tables or args.experts:
         refuse_existing(args.output)
-        write(convert_tables(args.source, args.tables), args.output)
+        write(converted(args.source, tables=args.tables, experts=args.experts), args.output)
     elif args.source.is_dir():
         refuse_existing(args.output)
         write(restore(args.source), args.output)
@@ -206,6 +233,11 @@ def parser() -> argparse.ArgumentParser:
         "--tables",
         choices=("fp32", "bf16", "int8"),
         help="write a checkpoint with look-up tables of this dtype instead, for inference",
+    )
+    made.add_argument(
+        "--experts",
+        choices=("int8",),
+        help="write a checkpoint with experts' matrices of this dtype instead, for inference",
     )
     return made
 

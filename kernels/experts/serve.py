@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import backend
-from fairseq_evomoe.kernels.experts import eager, gpu, reference
+from fairseq_evomoe.kernels.experts import eager, few_rows, gpu, reference
 from fairseq_evomoe.kernels.experts.pairs import DENSE_FROM, all_pairs, sparse_pairs
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Pairs, Routing
 
@@ -37,8 +37,13 @@ def run_experts(
 
     A nearly dense routing runs in place over all pairs, whose inactive ones weigh 0. A sparse one
     gathers rows by expert, at a cost that follows the number of active pairs. On GPUs, memory and
-    elementwise work follow `routing.max_active`, which needs no count from the device.
+    elementwise work follow `routing.max_active`, which needs no count from the device. On CPUs, few
+    tokens take an op in C++.
     """
+    # if `native` is forced, a call that it cannot serve is treated as one of an op that lacks it
+    native = backend.forced_backend() in ("", "native")
+    if native and not few_rows.unsupported(x, experts, dropout):
+        return few_rows.ffn(x, experts, routing, activation=activation)
     name = backend.choose_backend(
         triton=lambda: gpu.unsupported(x, experts, activation, dropout),
         torch=backend.supported,

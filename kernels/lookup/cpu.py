@@ -4,7 +4,6 @@ Letters: B rows, K tables, t bits per table, N = 2^t rows per table, H output wi
 """
 
 import functools
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from fairseq_evomoe.kernels import native
 from fairseq_evomoe.kernels.lookup.score import SCORES
 
 SOURCES = Path(__file__).parent / "csrc"
-ISAS = ("portable", "avx2", "avx512")
 TABLES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -45,12 +43,9 @@ def unavailable() -> str:
 
 @torch.compiler.assume_constant_result
 def isa() -> int:
-    """Index into `ISAS` of the instruction set to use.
+    """Index into `native.ISAS` of the instruction set to use.
 
-    It is EVOMOE_CPU_ISA if that is set, otherwise the widest one of this machine. It is read once.
-
-    Raises:
-        ValueError: if EVOMOE_CPU_ISA names an instruction set that this machine does not have.
+    See `native.chosen_isa`; the variable is read once.
     """
     return _isa()
 
@@ -68,15 +63,7 @@ def _load() -> str:
 
 @functools.cache
 def _isa() -> int:
-    best = torch.ops.evomoe.lookup_cpu_isa()
-    requested = os.environ.get("EVOMOE_CPU_ISA")
-    if not requested:
-        return best
-    if requested not in ISAS[: best + 1]:
-        raise ValueError(
-            f"EVOMOE_CPU_ISA={requested!r}: this machine has {', '.join(ISAS[: best + 1])}"
-        )
-    return ISAS.index(requested)
+    return native.chosen_isa(torch.ops.evomoe.lookup_cpu_isa())
 
 
 def lookup(

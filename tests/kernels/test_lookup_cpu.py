@@ -25,10 +25,10 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=cpu.ISAS)
+@pytest.fixture(params=native.ISAS)
 def isa(request, monkeypatch, force):
     assert not cpu.unavailable()
-    if cpu.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
+    if native.ISAS.index(request.param) > torch.ops.evomoe.lookup_cpu_isa():
         pytest.skip(f"this machine has no {request.param}")
     force(backend.use("native"))
     with chosen(monkeypatch, request.param):

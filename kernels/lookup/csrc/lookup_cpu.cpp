@@ -1,41 +1,13 @@
 // CPU look-up for torch through its stable C++ interface, so that one build serves many versions.
 //
-// The work is done in lookup_cpu.h and lookup_cpu_backward.h, which are compiled for AVX-512, for AVX2
-// and for any machine; the argument `isa` chooses among them.
+// The work is done in lookup_cpu.h and lookup_cpu_backward.h, which cpu_isas.h compiles for AVX-512, for
+// AVX2 and for any machine; the argument `isa` chooses among them.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <optional>
-#include <tuple>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "cpu_common.h"
 
 namespace {
 
-using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
-
 enum Score : int64_t { PROB, ABS_PROB, L1 };
-enum Isa : int64_t { PORTABLE, AVX2, AVX512 };
-
-struct bfloat {
-    uint16_t bits;
-};
-
 struct Job {
     const float* z;          // (B, K, t)
     const float* row_scale;  // (K, N) or null
@@ -43,30 +15,6 @@ struct Job {
     int64_t score;
     float temperature;
 };
-
-// Scratch floats aligned to a cache line, freed at the end of the scope. Up to FEW lie on the stack.
-struct Scratch {
-    static constexpr int64_t FEW = 1024;
-    alignas(64) float few[FEW];
-    float* data = few;
-    explicit Scratch(int64_t n) {
-        if (n > FEW) data = (float*)std::aligned_alloc(64, (n * sizeof(float) + 127) / 64 * 64);
-        if (data == nullptr) throw std::bad_alloc();
-    }
-    Scratch(const Scratch&) = delete;
-    ~Scratch() {
-        if (data != few) std::free(data);
-    }
-};
-
-template <class F>
-void parallel(int64_t n, int64_t grain, const F& f) {
-    if (n <= grain) {
-        if (n > 0) f(0, n);
-    } else {
-        torch::stable::parallel_for(0, n, grain, f);
-    }
-}
 
 // Ask for large pages. With small ones, page faults cost more than the sums when the tables' gradient
 // is freshly allocated (see pages.py).
@@ -79,71 +27,12 @@ void large_pages(void* from, int64_t bytes) {
 #endif
 }
 
-#define EVOMOE_ISA portable
-#define EVOMOE_LANES 4
-#include "lookup_cpu.h"
-#include "lookup_cpu_backward.h"
-#undef EVOMOE_ISA
-#undef EVOMOE_LANES
+}  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EVOMOE_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define EVOMOE_ISA avx2
-#define EVOMOE_LANES 8
-#include "lookup_cpu.h"
-#include "lookup_cpu_backward.h"
-#undef EVOMOE_ISA
-#undef EVOMOE_LANES
-#pragma GCC pop_options
+#define EVOMOE_BODY "lookup_cpu_body.h"
+#include "cpu_isas.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#define EVOMOE_ISA avx512
-#define EVOMOE_LANES 16
-#include "lookup_cpu.h"
-#include "lookup_cpu_backward.h"
-#undef EVOMOE_ISA
-#undef EVOMOE_LANES
-#pragma GCC pop_options
-#endif
-
-int64_t best_isa() {
-#ifdef EVOMOE_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-    return PORTABLE;
-}
-
-#ifdef EVOMOE_X86
-#define DISPATCH(isa, call)                      \
-    switch (isa) {                               \
-        case AVX512: avx512::call; break;        \
-        case AVX2: avx2::call; break;            \
-        default: portable::call;                 \
-    }
-#else
-#define DISPATCH(isa, call) portable::call
-#endif
-
-// An uninitialised contiguous tensor. It does not go through the dispatcher, because a call through the
-// dispatcher costs as much as the look-up of a few short rows.
-template <size_t n>
-Tensor fresh(const int64_t (&sizes)[n], ScalarType type = ScalarType::Float) {
-    int64_t strides[n];
-    int64_t stride = 1;
-    for (size_t i = n; i-- > 0; stride *= sizes[i]) strides[i] = stride;
-    const int32_t dtype =
-        type == ScalarType::Int ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32();
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        n, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-}
+namespace {
 
 Job job(const Tensor& z, const Tensor& tables, int64_t score, double temperature) {
     Job j{};

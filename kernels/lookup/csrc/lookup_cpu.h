@@ -1,6 +1,4 @@
-// Hashed table look-up on CPUs, compiled once per instruction set. The including file, lookup_cpu.cpp,
-// sets EVOMOE_ISA (a namespace), EVOMOE_LANES and the target, and includes all other headers. There is
-// no include guard, because the file is included several times.
+// Hashed table look-up on CPUs, compiled once per instruction set by cpu_isas.h.
 //
 // Letters: B rows, K tables, t bits per table, N = 2^t rows per table, H output width, W tile width.
 //
@@ -9,76 +7,6 @@
 // read from there. Every sum has one fixed order, whatever the number of threads.
 
 namespace EVOMOE_ISA {
-
-// Number of floats in a register of this instruction set.
-constexpr int V = EVOMOE_LANES;
-typedef float fv __attribute__((vector_size(4 * V)));
-typedef int32_t iv __attribute__((vector_size(4 * V)));
-typedef float loose __attribute__((vector_size(4 * V), aligned(4), may_alias));
-
-static inline fv load(const float* p) { return *(const loose*)p; }
-static inline void store(float* p, fv v) { *(loose*)p = v; }
-static inline fv load(const int8_t* p) {
-    // intrinsics, because the compiler converts bytes with several times as many instructions
-#if EVOMOE_LANES == 16
-    return (fv)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif EVOMOE_LANES == 8
-    return (fv)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-    typedef int8_t bytes __attribute__((vector_size(V), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*(const bytes*)p, iv), fv);
-#endif
-}
-static inline fv load(const bfloat* p) {
-    typedef uint16_t halves __attribute__((vector_size(2 * V), aligned(2), may_alias));
-    typedef uint32_t words __attribute__((vector_size(4 * V)));
-    return (fv)(__builtin_convertvector(*(const halves*)p, words) << 16);
-}
-static inline float widen(float x) { return x; }
-static inline float widen(int8_t x) { return x; }
-static inline float widen(bfloat x) {
-    uint32_t u = (uint32_t)x.bits << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-
-// Sum of the lanes; in each step the upper half is added to the lower half.
-static inline float total(fv v) {
-    typedef float f8 __attribute__((vector_size(32)));
-    typedef float f4 __attribute__((vector_size(16)));
-    f8 a;
-    f4 b;
-    if constexpr (V == 16) {
-        f8 high;
-        std::memcpy(&a, &v, 32);
-        std::memcpy(&high, (const char*)&v + 32, 32);
-        a += high;
-    } else if constexpr (V == 8) {
-        std::memcpy(&a, &v, 32);
-    }
-    if constexpr (V == 4) {
-        std::memcpy(&b, &v, 16);
-    } else {
-        f4 high;
-        std::memcpy(&b, &a, 16);
-        std::memcpy(&high, (const char*)&a + 16, 16);
-        b += high;
-    }
-    return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-// Sums of the lanes of V vectors, in their order. In each step, neighbouring lanes of two vectors are
-// added and become the halves of one.
-static inline fv totals(fv (&v)[V]) {
-    iv even, odd;
-    for (int i = 0; i < V; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    for (int n = V; n > 1; n /= 2)
-        for (int i = 0; i < n / 2; i++)
-            v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
-                   __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
-    return v[0];
-}
 
 // e^x for x <= 0, and 0 for x below -87. After range reduction to |r| <= ln(2)/2, the Taylor series is
 // evaluated up to r^7 (1e-8).

@@ -1,5 +1,5 @@
-// Backward pass of the look-up on CPUs. lookup_cpu.cpp includes it after lookup_cpu.h, once per
-// instruction set, and sets EVOMOE_ISA; the letters are those of lookup_cpu.h.
+// Backward pass of the look-up on CPUs, compiled once per instruction set by cpu_isas.h. The letters are
+// those of lookup_cpu.h.
 //
 // With few rows, each row adds to its K rows of the table gradient in place. With many rows, one tile of
 // W columns of a table and one of its gradient lie in the core's cache, together with the same columns

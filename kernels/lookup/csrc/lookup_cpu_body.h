@@ -1,0 +1,3 @@
+// What cpu_isas.h compiles for each instruction set.
+#include "lookup_cpu.h"
+#include "lookup_cpu_backward.h"

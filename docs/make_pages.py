@@ -72,6 +72,7 @@ SECTIONS = (
         ("memory_ffn", "memory_attention", "memory_layers", "memory_bits", "memory_delta"),
         ("memory_score", "memory_temperature", "memory_norm", "memory_out_proj"),
         ("memory_linear", "memory_straight_through", "memory_dropout"),
+        ("memory_ngram", "memory_ngram_rows"),
         ("memory_lr_scale", "memory_weight_decay", "memory_tables"),
     ),
     (

@@ -1,10 +1,11 @@
-"""Decoding speed at batch 1 of look-up language models, relative to a dense one of equal sizes.
+"""Decoding speed of look-up and MoE language models, relative to a dense one of equal sizes.
 
     python -m benchmarks.speed.decode --width 512 --layers 6 --csv benchmarks/results/decode.csv
 
-Tokens are fed one by one with fairseq's incremental state, as fairseq-generate does. Weights are
-random, which does not change the speed. All models take turns in every round. Weights that do not
-fit into the processor's cache are read from memory for each token, as in any model of real size.
+Tokens are fed one by one with fairseq's incremental state, as fairseq-generate does, to `--batch`
+sequences at once. The MoE models have 8 experts in every second layer, one for each token. Weights
+are random, which does not change the speed. All models take turns in every round. Weights that do
+not fit into the processor's cache are read from memory for each token, as in any large model.
 `parameters` counts the whole model (tensors of two or more dimensions). `mb_read_per_token` counts
 the weights that one token needs, output layer included.
 """
@@ -22,25 +23,31 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from benchmarks import ROOT
 from benchmarks.speed.timing import append, interleave, machine, milliseconds, ratios
 from fairseq_evomoe.memory.layer import MemoryLayer
+from fairseq_evomoe.modules.experts import ExpertBank
+from fairseq_evomoe.modules.moe_layer import moe_layers
 
 FIELDS = (
-    "case width layers ffn tokens tokens_per_s ratio_p50 ratio_p20 ratio_p80 ms_per_token "
+    "case width layers ffn batch tokens tokens_per_s ratio_p50 ratio_p20 ratio_p80 ms_per_token "
     "parameters mb_read_per_token threads device torch date"
 ).split()
-BOTH = ("--memory-ffn", "--memory-attention")
+FFN = ("--moe-freq", 0, "--memory-ffn")
+BOTH = (*FFN, "--memory-attention")
+SWITCH = ("--moe-freq", 2, "--moe-gate", "switch", "--moe-expert-count", 8)
 CASES = {
-    "dense": (),
+    "dense": ("--moe-freq", 0),
     "memoryformer fp32": BOTH,
     "memoryformer bf16": (*BOTH, "--memory-tables", "bf16"),
     "memoryformer int8": (*BOTH, "--memory-tables", "int8"),
-    "memory FFN fp32": ("--memory-ffn",),
-    "memory FFN int8": ("--memory-ffn", "--memory-tables", "int8"),
+    "memory FFN fp32": FFN,
+    "memory FFN int8": (*FFN, "--memory-tables", "int8"),
+    "switch": SWITCH,
+    "switch int8": (*SWITCH, "--moe-expert-storage", "int8"),
 }
 
 
 def build(case: str, args: argparse.Namespace, dictionary: Dictionary) -> torch.nn.Module:
     flags = ["unused", "--user-dir", ROOT / "fairseq_evomoe", "--task", "language_modeling"]
-    flags += ["--arch", "transformer_lm_evomoe", "--moe-freq", 0, "--decoder-normalize-before"]
+    flags += ["--arch", "transformer_lm_evomoe", "--decoder-normalize-before"]
     flags += ["--decoder-layers", args.layers, "--decoder-embed-dim", args.width]
     flags += ["--decoder-ffn-embed-dim", args.ffn, "--decoder-attention-heads", args.width // 64]
     flags += ["--share-decoder-input-output-embed", *CASES[case]]
@@ -50,6 +57,10 @@ def build(case: str, args: argparse.Namespace, dictionary: Dictionary) -> torch.
     task = LanguageModelingTask(cfg.task, dictionary, dictionary)
     model = task.build_model(cfg.model).eval()
     model.prepare_for_inference_(cfg)
+    for _, layer in moe_layers(model):
+        layer.set_split(True)
+        # routers of unit scale spread the tokens, as trained ones do
+        torch.nn.init.normal_(layer.gate.weight)
     return model
 
 
@@ -62,6 +73,8 @@ def bytes_read(model: torch.nn.Module) -> int:
             total += t.size(0) * t.size(2) * t.element_size()
         elif isinstance(module, torch.nn.Linear):
             total += module.weight.numel() * module.weight.element_size()
+        elif isinstance(module, ExpertBank):
+            total += sum(w[0].numel() * w.element_size() for w in (module.w1, module.w2))
     return total
 
 
@@ -83,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--ffn", type=int, help="FFN width of the dense model (default: 4 x width)")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--vocab", type=int, default=4000)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
@@ -96,7 +110,7 @@ def main() -> None:
         dictionary.add_symbol(f"w{i}")
     names = ["dense", *(c for c in args.cases if c != "dense")]
     models = {c: build(c, args, dictionary) for c in names}
-    words = torch.randint(4, args.vocab, (1, args.tokens))
+    words = torch.randint(4, args.vocab, (args.batch, args.tokens))
     times = interleave({c: decoder(m, words) for c, m in models.items()}, args.rounds)
     rows = []
     for case, model in models.items():
@@ -104,7 +118,8 @@ def main() -> None:
         rows.append(
             {
                 **{"case": case, "width": args.width, "layers": args.layers, "ffn": args.ffn},
-                **{"tokens": args.tokens, "tokens_per_s": round(1e3 / ms, 1)},
+                **{"batch": args.batch, "tokens": args.tokens},
+                "tokens_per_s": round(1e3 * args.batch / ms, 1),
                 **ratios(times, "dense", case),
                 "ms_per_token": round(ms, 3),
                 "parameters": sum(

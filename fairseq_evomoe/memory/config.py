@@ -76,6 +76,12 @@ class MemoryConfig(Flags):
     memory_dropout: float = option(
         0.0, "probability that a token does not read a table during training (abs_prob and l1)"
     )
+    memory_ngram: int = option(
+        0,
+        "add a row that is found by the ids of the last so many tokens to the input of the layers, "
+        "on both sides; 2 to 4, or 0 for none",
+    )
+    memory_ngram_rows: int = option(65536, "number of rows of the n-gram tables")
     memory_tables: TableStorage = option(
         "trained",
         "how tables are stored: trained, or fp32, bf16 or int8 as evomoe-export --tables writes "
@@ -127,6 +133,10 @@ class MemoryConfig(Flags):
             "--memory-straight-through",
             "it is the gradient of the linear part: give --memory-linear too",
         )
+        self.need(
+            self.memory_ngram in (0, 2, 3, 4), "--memory-ngram", "choose 2, 3 or 4, or 0 for none"
+        )
+        self.need(self.memory_ngram_rows >= 1, "--memory-ngram-rows", "must be 1 or more")
         self.need(0 <= self.memory_dropout < 1, "--memory-dropout", "must be from 0 to below 1")
         self.need(
             self.memory_dropout == 0 or self.memory_score != "prob",

@@ -28,7 +28,7 @@ def table_parameters(
     A feed-forward network has K N (t + d) K parameters in its first look-up and K N 2^d D in its
     second. Self-attention has K N 3 D. Attention over an encoder of width D' adds K N D + K' N 2 D,
     where K' = ceil(D' / t). Each output projection by look-up adds K N D. With `--memory-linear`
-    N is 2^t + t.
+    N is 2^t + t. The tables of n-grams (`--memory-ngram`) have their rows times D.
 
     Args:
         side: "encoder" or "decoder".
@@ -44,7 +44,7 @@ def table_parameters(
     attention = count * rows * 3 * width + out
     if encoder:
         attention += count * rows * width + -(-encoder // bits) * rows * 2 * width + out
-    total = 0
+    total = memory.memory_ngram_rows * width if memory.memory_ngram else 0
     for index in range(layers):
         if moe.is_moe_layer(side, index):
             experts = moe.moe_expert_count + moe.moe_shared_expert

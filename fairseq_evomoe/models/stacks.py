@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.ngrams import AddNgrams, NgramTables, adding
 from fairseq_evomoe.memory.sizes import check_table_memory
 from fairseq_evomoe.models.transformer_layer import build_layer, tokens_of
 from fairseq_evomoe.modules.gates import GATES
@@ -35,8 +36,13 @@ class EvoMoEEncoder(TransformerEncoderBase):
             dictionary=self.dictionary,
         )
 
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
+        _build_ngrams(self, cfg, "encoder")
+
     def forward_scriptable(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with tokens_of(TokenBatch(src_tokens, self.padding_idx)):
+        added = None if self.ngrams is None else self.ngrams(src_tokens)
+        with tokens_of(TokenBatch(src_tokens, self.padding_idx)), adding(added):
             return super().forward_scriptable(src_tokens, *args, **kwargs)
 
 
@@ -52,6 +58,7 @@ class EvoMoEDecoder(TransformerDecoderBase):
     def __init__(self, cfg: Any, dictionary: Any, *args: Any, reads: Any = None, **kw: Any) -> None:
         self._reads = dictionary if reads is None else reads
         super().__init__(cfg, dictionary, *args, **kw)
+        _build_ngrams(self, cfg, "decoder")
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         self._built += 1
@@ -65,11 +72,22 @@ class EvoMoEDecoder(TransformerDecoderBase):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        states = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        with tokens_of(TokenBatch(states, self.padding_idx)):
+        last = incremental_state is not None
+        states = prev_output_tokens[:, -1:] if last else prev_output_tokens
+        added = None if self.ngrams is None else self.ngrams(prev_output_tokens, last=last)
+        with tokens_of(TokenBatch(states, self.padding_idx)), adding(added):
             return super().extract_features_scriptable(
                 prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
             )
+
+
+def _build_ngrams(stack: Any, cfg: Any, side: str) -> None:
+    """Give an encoder or decoder its n-gram tables, if the flags ask for them."""
+    stack.ngrams = None
+    if cfg.memory.memory_ngram:
+        width = getattr(cfg, side).embed_dim
+        stack.ngrams = NgramTables(width, cfg.memory, pad=stack.padding_idx)
+        stack.dropout_module = AddNgrams(stack.dropout_module)
 
 
 def build_encoder(cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> TransformerEncoderBase:
@@ -88,10 +106,11 @@ def build_decoder(
 
 
 def is_plain(cfg: Any, side: str) -> bool:
-    """Whether no layer of "encoder" or "decoder" has experts or look-ups."""
+    """Whether "encoder" or "decoder" has neither experts nor look-ups."""
     moe, memory = cfg.moe, cfg.memory
     return not (
         moe.freq(side)
+        or memory.memory_ngram
         or ((memory.memory_ffn or memory.memory_attention) and _covers_a_layer(cfg, side))
     )
 

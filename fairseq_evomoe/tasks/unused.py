@@ -71,6 +71,8 @@ FREQUENCIES = ("moe_freq", "encoder_moe_freq", "decoder_moe_freq")
 SPLIT = _names(SplitConfig)
 DTS_TIMES = tuple(n for n in _names(EvolutionConfig) if n.startswith("dts_"))
 
+NGRAMS = ("memory_ngram", "memory_ngram_rows")
+
 RULES = (
     Rule(
         (
@@ -118,8 +120,14 @@ RULES = (
         "--expert-parallel",
     ),
     Rule(("cpu_matmul",), lambda s: on_cpu(s.task), "a CPU: give --cpu"),
+    Rule(("memory_ngram_rows",), lambda s: s.memory.memory_ngram > 0, "--memory-ngram"),
     Rule(
-        _names(MemoryConfig),
+        ("memory_tables", "memory_weight_decay"),
+        lambda s: s.looks_up or s.memory.memory_ngram > 0,
+        "tables: give --memory-ffn, --memory-attention, --memory-ngram or --moe-expert-type memory",
+    ),
+    Rule(
+        _names(MemoryConfig, *NGRAMS, "memory_tables", "memory_weight_decay"),
         lambda s: s.looks_up,
         "look-ups: give --memory-ffn, --memory-attention or --moe-expert-type memory",
     ),

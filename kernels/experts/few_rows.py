@@ -93,8 +93,8 @@ def ffn(
         activation: elementwise function.
         scales: factors of the rows of w1 (E, F) and of w2 (E, D), float32.
     """
-    if scales is not None:
-        return _forward(x, experts, routing, activation, *scales)
+    if scales is not None or not torch.is_grad_enabled():
+        return _forward(x, experts, routing, activation, *(scales or (None, None)))
     return _FewRows.apply(x, *experts, routing.weights, routing.active, activation)
 
 

@@ -116,6 +116,7 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
     [
         ("--memory-out-proj", "memory"),
         ("--memory-linear",),
+        ("--memory-ngram", 2, "--memory-ngram-rows", 100),
         ("--memory-layers", "1", "--memory-delta", 1),
         ("--moe-freq", 2, "--moe-expert-type", "memory", "--moe-shared-expert"),
     ],

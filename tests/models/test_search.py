@@ -48,6 +48,7 @@ CHOICES = [
     *flag("--memory-layers", "0", "1,5", "x"),
     *flag("--memory-score", "l1", "abs_prob"),
     *flag("--memory-dropout", 0.1, 1.0),
+    *flag("--memory-ngram", 1, 2, 4),
     *((x,) for x in (*SWITCH_ON, "--memory-ffn", "--memory-attention", "--memory-linear")),
     *((x,) for x in ("--memory-straight-through",)),
 ]

@@ -103,8 +103,8 @@ def test_every_flag_has_a_rule():
 
     ruled = {name for rule in unused.RULES for name in rule.flags}
     ruled |= {f[2:].replace("-", "_") for gate in GATES.values() for f in gate.flags}
-    # the frequencies make the layers; memory attention and --expert-parallel always act, or say so
-    ruled |= {"moe_freq", "moe_expert_count", "expert_parallel_size"}
+    # these make the layers or tables; memory attention and --expert-parallel always act, or say so
+    ruled |= {"moe_freq", "moe_expert_count", "expert_parallel_size", "memory_ngram"}
     for config in (MoEConfig, MemoryConfig, EvolutionConfig):
         for name, field in config.__dataclass_fields__.items():
             if name != "_name" and not str(field.default).startswith("${"):

@@ -126,26 +126,43 @@ def lookup(rows: list[Row]) -> str:
 
 def decode(rows: list[Row]) -> str:
     """Tokens/s of whole models at batch 1, and their ratio to that of the dense model."""
-    models: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        size = (row["width"], row["layers"], row["ffn"])
-        models.setdefault(size, {})[row["case"]] = row
+    shown = ("memoryformer fp32", "memoryformer bf16", "memoryformer int8", "memory FFN fp32")
     lines = []
-    for width, layers, ffn in sorted(models, key=lambda size: -int(size[0])):
-        found = models[width, layers, ffn]
+    for (width, layers, ffn, batch, _), found in _runs(rows):
+        if batch != "1" or not set(shown) <= set(found):
+            continue
         cells = [f"width {width}, {layers} layers, FFN {ffn}"]
         cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
-        for case in (
-            "memoryformer fp32",
-            "memoryformer bf16",
-            "memoryformer int8",
-            "memory FFN fp32",
-        ):
+        for case in shown:
             r = found[case]
             cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
         lines.append(cells)
     head = ["model", "dense", "MemoryFormer", "with bf16 tables", "with int8 tables"]
     return table([*head, "look-ups for the FFNs only"], lines) + "\n"
+
+
+def decode_experts(rows: list[Row]) -> str:
+    """The same for models with experts, for one sequence and for several at once."""
+    lines = []
+    for (width, layers, ffn, batch, _), found in _runs(rows):
+        if not {"switch", "switch int8"} <= set(found):
+            continue
+        cells = [f"width {width}, {layers} layers, FFN {ffn}", batch]
+        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
+        for case in ("switch", "switch int8"):
+            r = found[case]
+            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
+        lines.append(cells)
+    return table(["model", "sequences", "dense", "Switch, 8 experts", "in int8"], lines) + "\n"
+
+
+def _runs(rows: list[Row]) -> list[tuple[tuple[str, ...], dict[str, Row]]]:
+    """((width, layers, FFN, batch, date), case -> row) of every run, the widest models first."""
+    runs: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("width", "layers", "ffn", "batch", "date"))
+        runs.setdefault(key, {})[row["case"]] = row
+    return sorted(runs.items(), key=lambda run: (-int(run[0][0]), int(run[0][3])))
 
 
 def training(rows: list[Row]) -> str:
@@ -248,6 +265,7 @@ def places() -> list[tuple[Path, str, str]]:
         (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
         (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
         (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),
+        (PAGE, "decoding", decode_experts(read(RESULTS / "decode.csv"))),
     ]
 
 

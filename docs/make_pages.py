@@ -69,7 +69,8 @@ SECTIONS = (
         "All models above have these flags. `transformer_memoryformer` (`_iwslt_de_en`, "
         "`_wmt_en_de`), `transformer_lm_memoryformer_tiny` (`_small`, `_base`) and "
         "`roberta_memoryformer_base` switch both kinds of look-ups on.",
-        ("memory_ffn", "memory_attention", "memory_layers", "memory_bits", "memory_delta"),
+        ("memory_ffn", "memory_parallel", "memory_attention", "memory_layers"),
+        ("memory_bits", "memory_delta"),
         ("memory_score", "memory_temperature", "memory_norm", "memory_out_proj"),
         ("memory_linear", "memory_straight_through", "memory_dropout"),
         ("memory_ngram", "memory_ngram_rows"),

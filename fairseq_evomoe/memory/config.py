@@ -46,6 +46,11 @@ class MemoryConfig(Flags):
     """Where look-up layers replace linear layers (MemoryFormer), and how they are built."""
 
     memory_ffn: bool = option(False, "replace dense feed-forward networks by look-up layers")
+    memory_parallel: bool = option(
+        False,
+        "put one look-up beside the feed-forward networks of --memory-ffn, which stay, instead of "
+        "two in their place",
+    )
     memory_attention: bool = option(False, "replace the projections of attention by look-up layers")
     memory_layers: str = option(
         "all", "which layers of encoder and decoder use look-ups: all, or numbers from 0 like 0,2,3"
@@ -132,6 +137,11 @@ class MemoryConfig(Flags):
             self.memory_linear or not self.memory_straight_through,
             "--memory-straight-through",
             "it is the gradient of the linear part: give --memory-linear too",
+        )
+        self.need(
+            self.memory_ffn or not self.memory_parallel,
+            "--memory-parallel",
+            "says where the look-ups of --memory-ffn are: give that flag too",
         )
         self.need(
             self.memory_ngram in (0, 2, 3, 4), "--memory-ngram", "choose 2, 3 or 4, or 0 for none"

@@ -26,9 +26,10 @@ def table_parameters(
     """Count the parameters of all tables on one side of a model.
 
     A feed-forward network has K N (t + d) K parameters in its first look-up and K N 2^d D in its
-    second. Self-attention has K N 3 D. Attention over an encoder of width D' adds K N D + K' N 2 D,
-    where K' = ceil(D' / t). Each output projection by look-up adds K N D. With `--memory-linear`
-    N is 2^t + t. The tables of n-grams (`--memory-ngram`) have their rows times D.
+    second, and a look-up beside a dense network (`--memory-parallel`) K N D. Self-attention has
+    K N 3 D. Attention over an encoder of width D' adds K N D + K' N 2 D, where K' = ceil(D' / t).
+    Each output projection by look-up adds K N D. With `--memory-linear` N is 2^t + t. The tables of
+    n-grams (`--memory-ngram`) have their rows times D.
 
     Args:
         side: "encoder" or "decoder".
@@ -40,6 +41,7 @@ def table_parameters(
     rows, more_rows = (2**t + t * memory.memory_linear for t in (bits, wide))
     count = -(-width // bits)
     ffn = count * rows * wide * count + count * more_rows * width
+    beside = count * rows * width
     out = count * rows * width * (memory.memory_out_proj == "memory")
     attention = count * rows * 3 * width + out
     if encoder:
@@ -50,7 +52,7 @@ def table_parameters(
             experts = moe.moe_expert_count + moe.moe_shared_expert
             total += ffn * experts * (moe.moe_expert_type == "memory")
         elif memory.memory_ffn and memory.covers(index):
-            total += ffn
+            total += beside if memory.memory_parallel else ffn
         if memory.memory_attention and memory.covers(index):
             total += attention
     return total

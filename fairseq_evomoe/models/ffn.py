@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.experts import MemoryBank
-from fairseq_evomoe.memory.layer import MemoryFFN
+from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN
 from fairseq_evomoe.modules.experts import Bank, ExpertBank
 from fairseq_evomoe.modules.gates import GATES, GateContext
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, layer_seed
@@ -34,7 +34,7 @@ class DenseFFN:
 
 
 def replaces_ffn(moe: MoEConfig, memory: MemoryConfig, side: str, index: int) -> bool:
-    """Whether the FFN of layer `index` (from 0) of "encoder" or "decoder" is replaced."""
+    """Whether layer `index` (from 0) of "encoder" or "decoder" has more than a dense FFN."""
     return moe.is_moe_layer(side, index) or (memory.memory_ffn and memory.covers(index))
 
 
@@ -62,6 +62,10 @@ def build_ffn(
             dense=dense,
             causal=side == "decoder",
             dictionary=dictionary,
+        )
+    if memory.memory_parallel:
+        return MemoryBesideFFN(
+            *(dense.fc1, dense.fc2, memory), activation=dense.activation, dropout=dense.dropout
         )
     return MemoryFFN(dense.fc1.in_features, memory, dropout=dense.dropout)
 

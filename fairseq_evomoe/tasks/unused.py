@@ -12,7 +12,7 @@ from torch import nn
 
 from fairseq_evomoe.config import EvolutionConfig, MoEConfig, ParallelConfig, SplitConfig
 from fairseq_evomoe.memory.config import MemoryConfig
-from fairseq_evomoe.memory.layer import MemoryFFN
+from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.gates.dense_to_sparse import DenseToSparseGate
 from fairseq_evomoe.modules.gates.stable import StableGate
@@ -132,7 +132,7 @@ RULES = (
         "look-ups: give --memory-ffn, --memory-attention or --moe-expert-type memory",
     ),
     Rule(
-        ("memory_ffn",),
+        ("memory_ffn", "memory_parallel"),
         lambda s: s.looks_up_ffn,
         "a layer that is no MoE layer: give a larger --moe-freq, or --moe-expert-type memory",
     ),
@@ -143,8 +143,8 @@ RULES = (
     ),
     Rule(
         ("memory_delta", "memory_norm"),
-        lambda s: s.looks_up_ffn or s.memory_experts,
-        "--memory-ffn or --moe-expert-type memory",
+        lambda s: (s.looks_up_ffn and not s.memory.memory_parallel) or s.memory_experts,
+        "--memory-ffn without --memory-parallel, or --moe-expert-type memory",
     ),
     Rule(
         ("memory_out_proj",),
@@ -233,5 +233,8 @@ def setting_of(model: nn.Module, args: Any, task: EvolutionConfig, spawn: int) -
         task=task,
         gate=layers[0][1].gate if layers else None,
         splits=spawn > 0,
-        looks_up_ffn=any(isinstance(m, MemoryFFN) and m not in in_experts for m in model.modules()),
+        looks_up_ffn=any(
+            isinstance(m, MemoryFFN | MemoryBesideFFN) and m not in in_experts
+            for m in model.modules()
+        ),
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq_evomoe.memory.attention import MemoryAttention
 from fairseq_evomoe.memory.experts import MemoryBank
-from fairseq_evomoe.memory.layer import MemoryLayer
+from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryLayer
 from fairseq_evomoe.modules.gates import ScoreGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.schedule import Stage
@@ -123,7 +123,9 @@ def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator
             yield from _experts(module, hidden[side])
         elif name.endswith("memory_ffn"):
             macs = sum(_look_up(m) for m in module.modules() if isinstance(m, MemoryLayer))
-            d, f = module.second.bias.numel(), hidden[side]
+            macs += sum(_linear(m) for m in module.modules() if isinstance(m, nn.Linear))
+            last = module.beside if isinstance(module, MemoryBesideFFN) else module.second
+            d, f = last.tables.size(2), hidden[side]
             yield Cost("ffn", macs, macs, _size(module), 2 * d * f, 2 * d * f + d + f)
         elif isinstance(module, nn.Linear):
             macs = _linear(module)

@@ -215,6 +215,11 @@ def run(args: argparse.Namespace) -> None:
             "the dense model has an output projection; choose dense to keep it, or memory",
         )
     memory.need(
+        not memory.memory_parallel and not memory.memory_ngram,
+        "--memory-parallel" if memory.memory_parallel else "--memory-ngram",
+        "replaces nothing that could be converted: train a model with it",
+    )
+    memory.need(
         memory.memory_tables == "trained",
         "--memory-tables",
         "leave the flag out; evomoe-export --tables converts trained tables",

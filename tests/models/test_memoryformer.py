@@ -3,15 +3,16 @@
 import pytest
 import torch
 from conftest import FAMILIES, build, train, train_args, valid_batch
-from fairseq import options
+from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.memory import sizes
 from fairseq_evomoe.memory.attention import MemoryAttention
 from fairseq_evomoe.memory.config import MemoryConfig
-from fairseq_evomoe.memory.layer import MemoryFFN
+from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN
 from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.tools.cost import costs
 
 MEMORY = ("--memory-ffn", "--memory-attention", "--moe-freq", 0, "--memory-bits", 4)
 
@@ -116,6 +117,7 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
     [
         ("--memory-out-proj", "memory"),
         ("--memory-linear",),
+        ("--memory-parallel",),
         ("--memory-ngram", 2, "--memory-ngram-rows", 100),
         ("--memory-layers", "1", "--memory-delta", 1),
         ("--moe-freq", 2, "--moe-expert-type", "memory", "--moe-shared-expert"),
@@ -214,3 +216,34 @@ def test_scale_fc_is_refused_with_replaced_networks(toy):
     """--scale-fc normalises the dense FFN's hidden state, which MoE and memory layers lack."""
     with pytest.raises(ValueError, match="--scale-fc: acts inside the dense FFN"):
         build(toy, "--scale-fc", family="lm")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_look_ups_beside_dense_networks(toy, tmp_path, family):
+    """With --memory-parallel a model starts as the dense one, and its tables learn."""
+    flags = ("--moe-freq", 0, "--max-update", 4)
+    dense = train(*train_args(toy, tmp_path / "dense", *flags, family=family))
+    beside = (*flags, "--memory-ffn", "--memory-parallel", "--memory-bits", 4)
+    ours = train(*train_args(toy, tmp_path / "ours", *beside, family=family))
+    assert ours[0]["loss"] == dense[0]["loss"] and ours[-1]["loss"] != dense[-1]["loss"]
+    path = str(tmp_path / "ours/checkpoint_last.pt")
+    (model,), *_ = checkpoint_utils.load_model_ensemble_and_task([path])
+    found = [m for m in model.modules() if isinstance(m, MemoryBesideFFN)]
+    assert len(found) == (4 if family == "translation" else 2)
+    x = torch.randn(3, 5, 32)
+    for module in found:
+        dense_part = module.fc2(module.activation(module.fc1(x)))
+        assert module.beside.tables.abs().sum() > 0
+        assert torch.allclose(module(x), dense_part + module.beside(x), atol=1e-6)
+    parts = costs(model, context=10, hidden={"encoder": 64, "decoder": 64})
+    ffns = [p for p in parts if p.kind == "ffn"]
+    assert len(ffns) == len(found)
+    # two matrices of 32 x F, and a row of 32 from each of 8 tables
+    wide = found[0].fc1.out_features
+    assert {p.macs for p in ffns} == {2 * 32 * wide + 8 * 32}
+
+
+def test_look_ups_beside_what_is_not_there(toy):
+    """--memory-parallel without --memory-ffn is refused by name."""
+    with pytest.raises(ValueError, match="--memory-parallel"):
+        build(toy, "--memory-parallel")

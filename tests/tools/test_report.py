@@ -8,6 +8,7 @@ from conftest import build, train, train_args, valid_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.tools import report
 from fairseq_evomoe.tools.cost import costs, paper_block, total
@@ -56,7 +57,8 @@ def test_macs_equal_what_torch_counts(toy, flags):
     tokens = tokens[:, : int(tokens.ne(1).sum(1).min())]
     rows, length = tokens.shape
     plain = sdpa_kernel(SDPBackend.MATH)  # torch does not count its fused attention on a CPU
-    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+    # nor does it count ops in C++
+    with backend.use("torch"), torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
         model(tokens)
     parts = list(costs(model, context=length, hidden={"encoder": 0, "decoder": 64}))
     macs = total(parts)["total"]["macs"] * rows * length

@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "base": ("--moe-gate", "base", "--moe-gate-loss-wt", "0"),
     "stable": ("--moe-gate", "stable", "--moe-gate-loss-wt", "0.3"),
     "dense n-grams": ("--moe-freq", "0", "--memory-ngram", "2"),
+    "dense beside look-ups": (*LOOK_UPS, "--memory-parallel", "--memory-score", "abs_prob"),
     "look-ups": (*WHOLE, "--memory-score", "abs_prob"),
     "look-ups linear": (*WHOLE, "--memory-score", "abs_prob", "--memory-linear"),
     "look-ups l1": (*WHOLE, "--memory-score", "l1", *LINEAR),

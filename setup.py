@@ -56,6 +56,8 @@ setup(
         "sacrebleu>=2.4",
         "scipy>=1.11",
         "sentencepiece>=0.2",
+        # fairseq asks for it at every command, used or not
+        "tensorboardX>=2.6",
         "torch>=2.6",
         "tqdm>=4.60",
         "triton>=3.2; platform_system == 'Linux'",

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tool, train_args
 from fairseq import options
 from fairseq.data import data_utils, indexed_dataset, iterators
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
@@ -174,3 +175,21 @@ def test_asynchronous_checkpoints_without_their_package(monkeypatch):
         SystemExit, match="--write-checkpoints-asynchronously .* pip install iopath"
     ):
         distributed_utils.call_main(cfg, lambda cfg: None)
+
+
+def test_commands_say_only_what_a_user_can_act_on(toy, tmp_path):
+    """Training and generating print no notice of a package and no warning of a library."""
+    common = ("--user-dir", ROOT / "fairseq_evomoe", "--cpu", "--num-workers", "0")
+    train_it = [tool("fairseq-train"), *train_args(toy, tmp_path, "--max-update", 1)]
+    path = tmp_path / "checkpoint_last.pt"
+    words = ("-s", "en", "-t", "de", "--beam", "1", "--max-len-b", "5", "--path", path)
+    generate = [tool("fairseq-generate"), toy / "bin", *common, *words]
+    report = [tool("evomoe-report"), "flops", path, "--context", "5"]
+    for command in (train_it, generate, report):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [str(c) for c in command]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        said = done.stdout + done.stderr
+        for noise in ("install", "Warning", "hydra", "deprecat"):
+            lines = [x for x in said.splitlines() if noise in x and "| INFO | fairseq_cli" not in x]
+            assert not lines, lines

@@ -12,6 +12,7 @@ from fairseq_evomoe.compat import (
     averages,
     batches,
     expert_parallel,
+    hydra,
     masters,
     running,
     saving,
@@ -22,13 +23,12 @@ from fairseq_evomoe.compat.patching import PATCHES
 _NOISE = (
     "deprecated keyword in package header",
     "is validated against ConfigStore schema",
-    "strict flag in the compose API",
     "torch.cuda.amp.autocast",
     "mismatched key_padding_mask and attn_mask",
     "'pin_memory' argument is set as true",
 )
 
-__all__ = ["apply_patches", "averages", "expert_parallel", "masters", "running", "words"]
+__all__ = ["apply_patches", "averages", "expert_parallel", "hydra", "masters", "running", "words"]
 
 
 def apply_patches() -> None:

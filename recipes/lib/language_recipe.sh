@@ -103,17 +103,17 @@ if [ ! -e "$WORK/text/counts.json" ]; then
 fi
 if [ ! -e "$WORK/bin/preprocess.done" ]; then
     rm -rf "$WORK/bin"
-    fairseq-preprocess --only-source --workers "$(nproc)" --trainpref "$WORK/text/train" \
-        --validpref "$WORK/text/valid" --testpref "$WORK/text/test" --destdir "$WORK/bin" \
-        >"$WORK/preprocess.log" 2>&1 || { tail -n 20 "$WORK/preprocess.log" >&2; exit 1; }
+    run_step --step preprocess --log "$WORK/preprocess.log" -- fairseq-preprocess --only-source \
+        --workers "$(nproc)" --trainpref "$WORK/text/train" --validpref "$WORK/text/valid" \
+        --testpref "$WORK/text/test" --destdir "$WORK/bin"
     touch "$WORK/bin/preprocess.done"
 fi
 
 if [ ! -e "$WORK/$name/done" ]; then
     echo "train $name"
     mkdir -p "$WORK/$name"
-    fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" --num-workers 0 \
-        "${flags[@]}" >>"$WORK/$name/train.log" 2>&1 || { tail -n 20 "$WORK/$name/train.log" >&2; exit 1; }
+    run_step --step train --log "$WORK/$name/train.log" --append --updates "$updates" -- \
+        fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" --num-workers 0 "${flags[@]}"
     touch "$WORK/$name/done"
 fi
 
@@ -121,12 +121,11 @@ log=$WORK/$name/test.log
 score=(--path "$WORK/$name/checkpoint_best.pt" --user-dir "$USER_DIR" $CPU --num-workers 0 --max-tokens "$tokens"
     --required-batch-size-multiple 1)
 if [ "$task" = lm ]; then
-    fairseq-eval-lm "$WORK/bin" "${score[@]}" --gen-subset test --tokens-per-sample "$length" \
-        --sample-break-mode none >"$log" 2>&1 || { tail -n 20 "$log" >&2; exit 1; }
+    run_step --step test --log "$log" -- fairseq-eval-lm "$WORK/bin" "${score[@]}" --gen-subset test \
+        --tokens-per-sample "$length" --sample-break-mode none
 else
-    fairseq-validate "$WORK/bin" "${score[@]}" --task masked_lm_evomoe --valid-subset test --seed "$seed" \
-        --tokens-per-sample "$length" --sample-break-mode none --log-format json >"$log" 2>&1 ||
-        { tail -n 20 "$log" >&2; exit 1; }
+    run_step --step test --log "$log" -- fairseq-validate "$WORK/bin" "${score[@]}" --task masked_lm_evomoe \
+        --valid-subset test --seed "$seed" --tokens-per-sample "$length" --sample-break-mode none --log-format json
 fi
 python recipes/steps/perplexity.py --name "$name" --log "$log" --counts "$WORK/text/counts.json" --json "$WORK/scores.jsonl"
 
@@ -136,14 +135,14 @@ if [ -n "$classes" ]; then
     number=$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$bin/classes.json")
     tuned=$WORK/$name/$(basename "$classes")
     mkdir -p "$tuned"
-    fairseq-train "$bin" --user-dir "$USER_DIR" $CPU --num-workers 0 --save-dir "$tuned" --task sentence_prediction \
+    run_step --step fine-tune --log "$tuned/train.log" -- \
+        fairseq-train "$bin" --user-dir "$USER_DIR" $CPU --num-workers 0 --save-dir "$tuned" --task sentence_prediction \
         --num-classes "$number" --shorten-method truncate --init-token 0 --separator-token 2 --restore-file "$WORK/$name/checkpoint_best.pt" \
         --reset-optimizer --reset-dataloader --reset-meters --reset-lr-scheduler "${arch[@]}" $family \
         --criterion moe_sentence_prediction --optimizer adam --lr 1e-4 --lr-scheduler polynomial_decay \
         --warmup-updates 30 --total-num-update 1000000 --batch-size 16 --max-epoch 10 --seed "$seed" \
         --required-batch-size-multiple 1 --no-epoch-checkpoints --best-checkpoint-metric accuracy \
-        --maximize-best-checkpoint-metric --log-format json >"$tuned/train.log" 2>&1 ||
-        { tail -n 20 "$tuned/train.log" >&2; exit 1; }
+        --maximize-best-checkpoint-metric --log-format json
     python recipes/steps/accuracy.py --name "$name $(basename "$classes")" --log "$tuned/train.log" \
         --json "$WORK/scores.jsonl"
 fi

@@ -6,6 +6,9 @@
 parse_options() {
     local names=" $1 " switches=" $2 " name
     shift 2
+    # how to go on after an interruption, for run_step.py
+    printf -v EVOMOE_RECIPE '%q ' bash "$0" "$@"
+    export EVOMOE_RECIPE
     rest=()
     while [ $# -gt 0 ]; do
         name=${1#--}

@@ -5,6 +5,20 @@ USER_DIR=$ROOT/fairseq_evomoe
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu")')
 
+# run_step OPTIONS -- COMMAND...: run a command with a log and a line of progress; see steps/run_step.py
+run_step() { python "$ROOT/recipes/steps/run_step.py" "$@"; }
+
+# number_after FLAG ARGUMENTS...: the last value of a flag in a list of flags
+number_after() {
+    local flag=$1 found=0
+    shift
+    while [ $# -gt 1 ]; do
+        [ "$1" != "$flag" ] || found=$2
+        shift
+    done
+    echo "$found"
+}
+
 # pieces SRC TGT VOCAB TRAIN VALID TEST... [-- flags of pieces.py]: split plain text into $WORK/pieces
 pieces() {
     local src=$1 tgt=$2 vocab=$3 train=$4 valid=$5 tests=()
@@ -23,9 +37,9 @@ preprocess() {
     [ -e "$WORK/bin/preprocess.done" ] && return
     for i in $(seq 0 $(($3 - 1))); do tests=$tests,$WORK/pieces/test$i; done
     rm -rf "$WORK/bin"
-    fairseq-preprocess --source-lang "$src" --target-lang "$tgt" --joined-dictionary --workers "$(nproc)" \
-        --trainpref "$WORK/pieces/train" --validpref "$WORK/pieces/valid" --testpref "${tests#,}" \
-        --destdir "$WORK/bin" >"$WORK/preprocess.log" 2>&1 || { tail -n 20 "$WORK/preprocess.log" >&2; return 1; }
+    run_step --step preprocess --log "$WORK/preprocess.log" -- fairseq-preprocess --source-lang "$src" \
+        --target-lang "$tgt" --joined-dictionary --workers "$(nproc)" --trainpref "$WORK/pieces/train" \
+        --validpref "$WORK/pieces/valid" --testpref "${tests#,}" --destdir "$WORK/bin" || return
     touch "$WORK/bin/preprocess.done"
 }
 
@@ -37,9 +51,9 @@ train() {
     local name=$1
     shift
     mkdir -p "$WORK/$name"
-    fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
-        --num-workers 0 "${TRAINING[@]}" "$@" >>"$WORK/$name/train.log" 2>&1 ||
-        { tail -n 20 "$WORK/$name/train.log" >&2; return 1; }
+    run_step --step train --log "$WORK/$name/train.log" --append --updates "$(number_after --max-update "$@")" -- \
+        fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
+        --num-workers 0 "${TRAINING[@]}" "$@"
 }
 
 # most_pieces FLAGS...: how many pieces of a line the model takes, given the flags of fairseq-train
@@ -61,10 +75,19 @@ translate() {
     shift 6
     local out=$WORK/$name/$subset
     # a multiple of 1 keeps every sentence; with the default of 8, fairseq drops the last n mod 8
-    fairseq-generate "$WORK/bin" --user-dir "$USER_DIR" $CPU --source-lang "$src" --target-lang "$tgt" \
+    run_step --step "translate $subset" --log "$out.err" --stdout "$out.gen" --sentences "$(wc -l <"$text")" -- \
+        fairseq-generate "$WORK/bin" --user-dir "$USER_DIR" $CPU --source-lang "$src" --target-lang "$tgt" \
         --path "$WORK/$name/$checkpoint" --gen-subset "$subset" \
-        --required-batch-size-multiple 1 --num-workers 0 "$@" >"$out.gen" 2>"$out.err" ||
-        { tail -n 20 "$out.err" >&2; return 1; }
+        --required-batch-size-multiple 1 --num-workers 0 "$@" || return
     python "$ROOT/recipes/steps/hypotheses.py" --generated "$out.gen" --spm "$WORK/pieces/spm.model" \
         --lines "$text" --out "$out.hyp"
+}
+
+# page NAME REFERENCE: write $WORK/NAME/report.html, which shows how the training of $WORK/NAME went
+page() {
+    local name=$1 reference=$2
+    run_step --step report --log "$WORK/$name/report.log" -- evomoe-report page --title "$name" \
+        --log "$name=$WORK/$name/train.log" --checkpoint "$WORK/$name/averaged.pt" --data "$WORK/bin" \
+        --reference "$reference" --hypothesis "$name=$WORK/$name/test.hyp" --output "$WORK/$name/report.html" || return
+    echo "report: $WORK/$name/report.html"
 }

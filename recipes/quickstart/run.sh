@@ -83,4 +83,5 @@ for i in "${!tests[@]}"; do
         "${tags[@]}" --show 3 --json "$WORK/scores.jsonl"
 done
 python recipes/steps/plot_training.py --log "$WORK/model/train.log" --out "$WORK/evolution.png"
+page model "$data/${tests[0]}.$tgt"
 echo "job: $((SECONDS - start)) s without set-up; model: $WORK/model/averaged.pt"

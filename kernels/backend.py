@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
-import torch
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 BACKENDS = ("native", "triton", "torch", "reference")
 """All backends, the fastest first."""
@@ -25,7 +26,17 @@ _FROM_ENVIRONMENT = os.environ.get("EVOMOE_BACKEND", "")
 _FORCED: ContextVar[str] = ContextVar("forced", default=_FROM_ENVIRONMENT)
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: _Function) -> _Function:
+    """Have torch.compile take a function's result as a constant, without tracing into it.
+
+    This is what `torch.compiler.assume_constant_result` does, which imports all of torch's compiler
+    for it: more than a second, at the start of every command.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def forced_backend() -> str:
     """The backend that is forced here; "" means the package chooses."""
     return _FORCED.get()

@@ -1,6 +1,8 @@
 """The structure of the code: one-way imports, no module-level state, files of readable size."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -114,3 +116,13 @@ def test_every_module_is_packaged():
     for _, path in FILES:
         package = module_name(path.with_name("__init__.py"))
         assert f'"{package}"' in text, package
+
+
+def test_importing_the_plugin_is_quick():
+    """It does not import torch's compiler, which takes longer than all of its own modules."""
+    code = (
+        "import sys, fairseq_cli.train; before = set(sys.modules); import fairseq_evomoe\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert 'fairseq_evomoe' in new and 'torch._dynamo' not in sys.modules, sorted(new)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

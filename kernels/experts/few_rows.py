@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import native
-from fairseq_evomoe.kernels.backend import forced_backend
+from fairseq_evomoe.kernels.backend import constant_when_compiled, forced_backend
 from fairseq_evomoe.kernels.experts import eager
 from fairseq_evomoe.kernels.experts.pairs import sparse_pairs
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
@@ -33,7 +33,7 @@ FEW_INT8 = 512
 _LOCK = threading.RLock()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unavailable() -> str:
     """Reason why the op is unavailable, or "" if it is loaded."""
     with _LOCK:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import native
+from fairseq_evomoe.kernels.backend import constant_when_compiled
 from fairseq_evomoe.kernels.lookup.score import SCORES
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -34,14 +35,14 @@ _LOCK = threading.RLock()
 # the following two functions, whose results it takes as constants.
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unavailable() -> str:
     """Reason why the ops are unavailable, or "" if they are loaded."""
     with _LOCK:
         return _load()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def isa() -> int:
     """Index into `native.ISAS` of the instruction set to use.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels import native
+from fairseq_evomoe.kernels.backend import constant_when_compiled
 from fairseq_evomoe.kernels.lookup.score import SCORES
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def unsupported_sizes(z: Tensor, tables: Tensor) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unavailable() -> str:
     """Reason why the library is unavailable, or "" if it is loaded."""
     return _load()[1]

@@ -78,7 +78,9 @@ setup(
     entry_points={
         "console_scripts": [
             f"evomoe-{name}=fairseq_evomoe.tools.{name}:main"
-            for name in ("average", "export", "memorise", "merge", "prune", "report", "upcycle")
+            for name in (
+                *("average", "doctor", "export", "memorise", "merge", "prune", "report", "upcycle"),
+            )
         ]
     },
 )

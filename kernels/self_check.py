@@ -62,6 +62,11 @@ def failure(kernel: str, like: Tensor, case: Case) -> str:
         return _FOUND[key]
 
 
+def results() -> dict[tuple[str, torch.device, torch.dtype], str]:
+    """(kernel, device, dtype) -> why it failed its check, or ""; of all checks so far."""
+    return dict(_FOUND)
+
+
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 

@@ -46,7 +46,8 @@ def _load() -> str:
 
 
 @functools.cache
-def _isa() -> int:
+def isa() -> int:
+    """Index into `native.ISAS` of the instruction set to use, once the op is loaded."""
     return native.chosen_isa(torch.ops.evomoe.few_rows_isa())
 
 
@@ -112,8 +113,8 @@ def _forward(
     weights, active = routing.weights.float().contiguous(), routing.active.contiguous()
     w1, b1, w2, b2 = (t.contiguous() for t in experts)
     op = torch.ops.evomoe.few_rows.default
-    h = activation(op(x.contiguous(), w1, scale1, b1, weights, active, False, _isa()))
-    return op(h.contiguous(), w2, scale2, b2, weights, active, True, _isa())
+    h = activation(op(x.contiguous(), w1, scale1, b1, weights, active, False, isa()))
+    return op(h.contiguous(), w2, scale2, b2, weights, active, True, isa())
 
 
 class _FewRows(torch.autograd.Function):

@@ -26,7 +26,7 @@ def isa(request, monkeypatch):
     assert not few_rows.unavailable()
     if native.ISAS.index(request.param) > torch.ops.evomoe.few_rows_isa():
         pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(few_rows, "_isa", lambda: native.ISAS.index(request.param))
+    monkeypatch.setattr(few_rows, "isa", lambda: native.ISAS.index(request.param))
 
 
 def drawn(shape, density=0.5):

@@ -75,10 +75,11 @@ def test_commands_that_pages_name_are_installed():
 def test_tables_are_what_the_rows_say():
     """Each table of results in a page equals what its script generates from benchmarks/results."""
     pytest.importorskip("matplotlib")
-    from benchmarks.pages import evidence, speed, tables
+    from benchmarks.pages import evidence, mixed_domains, speed, tables
 
-    places = [*tables.places(), *evidence.places(), *speed.places()]
-    assert len(places) >= 16
+    pages = (tables, evidence, speed, mixed_domains)
+    places = [place for page in pages for place in page.places()]
+    assert len(places) >= 18
     for path, marker, text in places:
         page = path.read_text(encoding="utf-8")
         start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"

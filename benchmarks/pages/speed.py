@@ -35,6 +35,8 @@ STORES = {
     "fp32": "fp32",
     "bf16": "bf16",
     "int8": "int8",
+    "linear part": "fp32 with a linear part",
+    "straight-through": "the same, straight-through",
     "bag": "fp32, torch's `embedding_bag`",
     "official": "fp32, official CPU kernels",
 }

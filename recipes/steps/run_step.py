@@ -162,7 +162,9 @@ def run(args: argparse.Namespace) -> int:
         state = Translating(args.sentences)
     line = Line(args.step)
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # also where the shell that started this ignores Ctrl-C, as it does in the background
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with args.log.open("ab" if args.append else "wb") as log:
         out = args.stdout.open("wb") if args.stdout else log
         process = subprocess.Popen(args.command, stdout=out, stderr=log)

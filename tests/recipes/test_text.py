@@ -181,7 +181,9 @@ def processor(tmp_path_factory):
 
 @settings(max_examples=300, deadline=None, print_blob=True)
 @given(
-    st.text(max_size=60) | st.sampled_from([*SPELLING, "<s> <unk> <0x41>", "<0x41>", "<0x", "▁"])
+    # sentencepiece's table is newer than Python's, and maps characters that Python does not know
+    st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
+    | st.sampled_from([*SPELLING, "<s> <unk> <0x41>", "<0x41>", "<0x", "▁"])
 )
 def test_what_goes_in_comes_out(processor, text):
     """normalise() is idempotent, and pieces of any normalised text spell that text again."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from fairseq_evomoe.criterions import moe_cross_entropy
 from fairseq_evomoe.kernels import output_loss
-from fairseq_evomoe.kernels.matmul import by_onednn
+from fairseq_evomoe.kernels.matmul import MOST_ERROR, by_onednn, measure
 from fairseq_evomoe.modules.gates.base import ScoreGate
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-hard-update", 9)
@@ -41,7 +41,8 @@ def test_the_curve_is_that_of_float32(toy, tmp_path, kind, family):
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_by_onednn(toy, tmp_path, kind, family, monkeypatch):
     """With --cpu-matmul onednn the same run differs in roundings alone, and all of its products,
-    those of backward passes and of validation included, are made in that way."""
+    those of backward passes and of validation included, are made in that way. On processors with
+    matrix units for bfloat16, where `auto` does not choose it, the roundings are those of --amp."""
     seen = set()
 
     def note(matrices):
@@ -53,8 +54,9 @@ def test_products_by_onednn(toy, tmp_path, kind, family, monkeypatch):
     monkeypatch.setattr(torch, "mm", note(torch.mm))
     other = train(*train_args(toy, tmp_path / "other", *flags, "onednn", family=family))
     assert seen == {True} and not by_onednn()
-    assert other[0]["loss"] == pytest.approx(plain[0]["loss"], abs=2e-3)
-    assert other[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.05)
+    exact = measure().error <= MOST_ERROR
+    assert other[0]["loss"] == pytest.approx(plain[0]["loss"], abs=2e-3 if exact else 0.02)
+    assert other[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.05 if exact else 0.15)
 
 
 def test_what_runs_in_which_dtype(toy, tmp_path, monkeypatch):

@@ -243,7 +243,9 @@ def campaign(args: argparse.Namespace) -> None:
             name += f"-{key['arithmetic']}"
         with claimed(work := args.out / "runs" / f"{name}-seed{key['seed']}") as ours:
             done = {tuple(r[k] for k in KEY) for r in rows(args.results / "quality.csv")}
-            if ours and tuple(key.values()) not in done:
+            if not ours:
+                print(f"{work.name}: another process has begun it", flush=True)
+            elif tuple(key.values()) not in done:
                 train(key, work, args)
 
 

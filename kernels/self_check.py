@@ -32,7 +32,8 @@ Case = Callable[[torch.device, torch.dtype], tuple[Sequence[Tensor], Sequence[Te
 def failure(kernel: str, like: Tensor, case: Case) -> str:
     """Reason why a kernel failed its check, or "" if it passed or cannot be checked now.
 
-    The first call for a kernel, a device and a dtype makes the check, the others know its result.
+    The first call for a kernel, a device and a dtype makes the check, and the others know
+    its result.
     Code under `torch.compile` and the capture of a CUDA graph do not check, because the check would
     become a part of them.
 
@@ -54,7 +55,7 @@ def failure(kernel: str, like: Tensor, case: Case) -> str:
             if _FOUND[key]:
                 logger.warning(
                     "%s on %s: %s; torch serves instead. Please report this line together with the "
-                    "output of `python -m torch.utils.collect_env`.",
+                    "output of evomoe-doctor.",
                     kernel,
                     _name(like.device),
                     _FOUND[key],

@@ -139,6 +139,11 @@ class MemoryConfig(Flags):
             "it is the gradient of the linear part: give --memory-linear too",
         )
         self.need(
+            self.memory_tables == "trained" or not self.memory_linear,
+            "--memory-tables",
+            "converted tables have no linear part: leave out --memory-linear",
+        )
+        self.need(
             self.memory_ffn or not self.memory_parallel,
             "--memory-parallel",
             "says where the look-ups of --memory-ffn are: give that flag too",

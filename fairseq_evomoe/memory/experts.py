@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from fairseq_evomoe.kernels.experts.pairs import expert_order
 from fairseq_evomoe.kernels.experts.values import Routing
 from fairseq_evomoe.memory.config import MemoryConfig
-from fairseq_evomoe.memory.layer import MemoryFFN, mark_param_group
+from fairseq_evomoe.memory.layer import MemoryFFN
 from fairseq_evomoe.memory.rule import Tables
+from fairseq_evomoe.memory.storage import mark_param_group
 from fairseq_evomoe.modules.experts import Bank, Part
 
 

@@ -6,7 +6,8 @@ Letters: B samples, D input width, H output width, K tables, t bits per table, N
 import torch
 from torch import Tensor
 
-from fairseq_evomoe.kernels.lookup.score import codes, patterns, weigh
+from fairseq_evomoe.kernels.lookup.linear_part import fold
+from fairseq_evomoe.kernels.lookup.score import codes, weigh
 from fairseq_evomoe.memory.layer import MemoryLayer
 
 
@@ -24,9 +25,8 @@ def linear_tables(layer: MemoryLayer, weight: Tensor) -> Tensor:
     """
     missing = layer.rule.count * layer.rule.bits - layer.rule.width
     wide = torch.nn.functional.pad(weight.detach().float(), (0, missing))
-    split = wide.view(-1, layer.rule.count, layer.rule.bits)
-    signs = patterns(layer.rule.bits, weight.device) * 2.0 - 1
-    return layer.rule.gain * torch.einsum("nt,hkt->knh", signs, split)
+    linear = wide.view(-1, layer.rule.count, layer.rule.bits).permute(1, 2, 0)
+    return fold(torch.zeros_like(layer.tables, dtype=torch.float32), linear, layer.rule.gain)
 
 
 @torch.no_grad()

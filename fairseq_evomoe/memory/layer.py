@@ -4,34 +4,22 @@ Letters: D input width, H output width, K tables, t bits per table (tau), N = 2^
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels.lookup.linear_part import fold, parts
-from fairseq_evomoe.kernels.lookup.score import codes, quantise
+from fairseq_evomoe.kernels.lookup.linear_part import parts
+from fairseq_evomoe.kernels.lookup.score import codes
 from fairseq_evomoe.kernels.pages import large_pages
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.rule import HashRule, Tables
+from fairseq_evomoe.memory.storage import StoredTables
 from fairseq_evomoe.memory.usage import current_counts
-from fairseq_evomoe.modules.torchscript import NotScriptable
 
 
-def mark_param_group(tables: nn.Parameter, cfg: MemoryConfig) -> None:
-    """Mark tables for a parameter group of their own with `--memory-weight-decay`.
-
-    The marks are those of fairseq's composite optimizer, which copies them to fp32 masters.
-    `compat.running.own_weight_decay` makes every other optimizer respect them.
-    """
-    tables.param_group = "memory"  # type: ignore[attr-defined]
-    tables.optim_overrides = {  # type: ignore[attr-defined]
-        "optimizer": {"weight_decay": cfg.memory_weight_decay}
-    }
-
-
-class MemoryLayer(NotScriptable):
+class MemoryLayer(StoredTables):
     """y = sum_k p(z_k) T_k[code(z_k)] + b, where z_k is the k-th slice of t values of x (eq. 11).
 
     K = ceil(D / t), and x is padded with zeros if t does not divide D. The input should be
@@ -52,8 +40,6 @@ class MemoryLayer(NotScriptable):
         bias: whether to add b, which starts at 0.
     """
 
-    tables: Tensor
-    row_scale: Tensor | None
     linear: nn.Parameter | None
 
     def __init__(
@@ -63,42 +49,21 @@ class MemoryLayer(NotScriptable):
         self.rule = HashRule.from_flags(width, bits or cfg.memory_bits, cfg)
         drawn = self.rule.draw(out, cfg)
         self.converted = cfg.memory_tables != "trained"
-        self.register_buffer("row_scale", None)
-        self.linear = None
-        if cfg.memory_tables == "int8":
-            small, self.row_scale = quantise(drawn.rows)
-            self.register_buffer("tables", small)
-        elif cfg.memory_tables == "bf16":
-            self.register_buffer("tables", drawn.rows.bfloat16())
-        elif cfg.memory_tables == "fp32":
-            self.register_buffer("tables", drawn.rows)
-        else:
-            self.tables = nn.Parameter(drawn.rows)
-            mark_param_group(self.tables, cfg)
-            if drawn.linear is not None:
-                self.linear = nn.Parameter(drawn.linear)
+        self.store(drawn.rows, cfg)
+        self.linear = None if drawn.linear is None else nn.Parameter(drawn.linear)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
         self._folded: tuple[Any, Tensor] | None = None
-        large_pages(self.tables, now=True)
 
     def extra_repr(self) -> str:
         k, n, h = self.tables.shape
         return f"width={self.rule.width}, tables={k}, rows={n}, out={h}, score={self.rule.score}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryLayer":
-        """Move or cast as torch does, but keep the scales of int8 rows in float32.
-
-        On a CPU the tables lie in large pages, in which random rows are found faster.
-        """
-        exact = self.row_scale
-        super()._apply(fn, recurse)
-        if exact is not None and self.row_scale is not None:
-            self.row_scale = exact.to(self.row_scale.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in torch; folded tables are forgotten."""
         self._folded = None
-        large_pages(self.tables, now=True)
-        return self
+        return super()._apply(fn, recurse)
 
-    def train(self, mode: bool = True) -> "MemoryLayer":
+    def train(self, mode: bool = True) -> Self:
         """As in torch; folded tables are forgotten."""
         self._folded = None
         return super().train(mode)
@@ -115,9 +80,10 @@ class MemoryLayer(NotScriptable):
         weights = self.weights()
         if weights.linear is None or self.training or torch.is_grad_enabled():
             return weights
-        if torch.compiler.is_compiling():
-            return weights
         both = (weights.rows, weights.linear)
+        # a tensor that was made in inference mode does not count its changes
+        if torch.compiler.is_compiling() or any(p.is_inference() for p in both):
+            return weights
         state = [(p.data_ptr(), p._version) for p in both]
         kept = self._folded
         if kept is None or kept[0] != state:
@@ -129,9 +95,7 @@ class MemoryLayer(NotScriptable):
     @torch.no_grad()
     def whole_tables(self) -> Tensor:
         """The tables as a look-up uses them, scale and linear part included: (K, N, H) float32."""
-        weights = self.weights()
-        rows = weights.rows.float() * self.rule.scale
-        return rows if self.linear is None else fold(rows, self.linear.float(), self.rule.gain)
+        return self.rule.fold(self.weights()).rows.float() * self.rule.scale
 
     @torch.no_grad()
     def fill(self, whole: Tensor, bias: Tensor | None = None) -> None:

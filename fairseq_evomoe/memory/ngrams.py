@@ -12,17 +12,13 @@ own, so that two n-grams seldom share all of their row.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels.lookup.score import quantise
-from fairseq_evomoe.kernels.pages import large_pages
 from fairseq_evomoe.memory.config import MemoryConfig
-from fairseq_evomoe.memory.layer import mark_param_group
-from fairseq_evomoe.modules.torchscript import NotScriptable
+from fairseq_evomoe.memory.storage import StoredTables
 
 HASHES = 4
 _MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5)
@@ -56,7 +52,7 @@ def hashed(ids: Tensor, length: int, rows: int, pad: int) -> Tensor:
     return torch.stack(found)
 
 
-class NgramTables(NotScriptable):
+class NgramTables(StoredTables):
     """x + sqrt(D) [T_1[h_1], ..., T_K[h_K]], where h_k are hashes of the last n token ids.
 
     The tables start at 0, so that the model starts as one without them. The factor sqrt(D) is that
@@ -68,9 +64,6 @@ class NgramTables(NotScriptable):
         pad: id of padding.
     """
 
-    tables: Tensor
-    row_scale: Tensor | None
-
     def __init__(self, width: int, cfg: MemoryConfig, *, pad: int) -> None:
         super().__init__()
         if width % HASHES:
@@ -79,31 +72,11 @@ class NgramTables(NotScriptable):
                 f"{HASHES} hashes; give a multiple of {HASHES}"
             )
         self.length, self.pad, self.factor = cfg.memory_ngram, pad, width**0.5
-        tables = torch.zeros(HASHES, cfg.memory_ngram_rows, width // HASHES)
-        self.register_buffer("row_scale", None)
-        if cfg.memory_tables == "int8":
-            small, self.row_scale = quantise(tables)
-            self.register_buffer("tables", small)
-        elif cfg.memory_tables in ("bf16", "fp32"):
-            dtype = torch.bfloat16 if cfg.memory_tables == "bf16" else torch.float32
-            self.register_buffer("tables", tables.to(dtype))
-        else:
-            self.tables = nn.Parameter(tables)
-            mark_param_group(self.tables, cfg)
-        large_pages(self.tables, now=True)
+        self.store(torch.zeros(HASHES, cfg.memory_ngram_rows, width // HASHES), cfg)
 
     def extra_repr(self) -> str:
         k, n, w = self.tables.shape
         return f"length={self.length}, hashes={k}, rows={n}, width={k * w}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "NgramTables":
-        """Move or cast as torch does, but keep the scales of int8 rows in float32."""
-        exact = self.row_scale
-        super()._apply(fn, recurse)
-        if exact is not None and self.row_scale is not None:
-            self.row_scale = exact.to(self.row_scale.device)
-        large_pages(self.tables, now=True)
-        return self
 
     def forward(self, ids: Tensor, *, last: bool = False) -> Tensor:
         """What is added to the states of the positions: (B, L) int64 -> (B, L, D), or (B, 1, D).

@@ -108,10 +108,8 @@ class HashRule:
         dropped = training and self.dropout > 0
         if dropped:
             # a slice of zeros has the score 0, so that its table adds nothing
-            z = (
-                z
-                * (torch.rand(z.shape[:2], device=z.device) >= self.dropout).to(z.dtype)[..., None]
-            )
+            kept = torch.rand(z.shape[:2], device=z.device) >= self.dropout
+            z = z * kept.to(z.dtype)[..., None]
         y = lookup(
             z,
             self.fold(tables).rows,

@@ -25,6 +25,10 @@ class EvoMoEEncoder(TransformerEncoderBase):
 
     _built = 0
 
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(cfg, *args, **kwargs)
+        _build_ngrams(self, cfg, "encoder")
+
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         # fairseq does not tell its builders which layer they build
         self._built += 1
@@ -35,10 +39,6 @@ class EvoMoEEncoder(TransformerEncoderBase):
             return_fc=self.return_fc,
             dictionary=self.dictionary,
         )
-
-    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(cfg, *args, **kwargs)
-        _build_ngrams(self, cfg, "encoder")
 
     def forward_scriptable(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         added = None if self.ngrams is None else self.ngrams(src_tokens)

@@ -16,8 +16,7 @@ from fairseq_evomoe.kernels.experts import few_rows
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
 from fairseq_evomoe.kernels.lookup.score import quantise
-from fairseq_evomoe.kernels.pages import large_pages
-from fairseq_evomoe.modules.torchscript import NotScriptable
+from fairseq_evomoe.modules.stored import StoredWeights
 from fairseq_evomoe.parallel.exchange import exchange
 from fairseq_evomoe.parallel.mesh import Shard
 
@@ -36,7 +35,7 @@ class Part:
     axis: int | None = None
 
 
-class Bank(NotScriptable):
+class Bank(StoredWeights):
     """E experts of one kind with stacked parameters. Expert 0 is the base expert.
 
     Attributes:
@@ -172,6 +171,8 @@ class ExpertBank(Bank):
         "w2": Part("fc2", 2),
         "b2": Part("fc2"),
     }
+    large = ("w1", "w2")
+    scales = ("scale1", "scale2")
     w1: Tensor
     w2: Tensor
     scale1: Tensor
@@ -204,7 +205,7 @@ class ExpertBank(Bank):
         self.b1 = stack(fc1.bias, fc1.in_features)
         self.w2 = stack(fc2.weight, fc2.in_features)
         self.b2 = stack(fc2.bias, fc2.in_features)
-        self._find_faster()
+        self.use_large_pages()
 
     @torch.no_grad()
     def reset_normal_(self, std: float, generator: torch.Generator) -> None:
@@ -248,26 +249,12 @@ class ExpertBank(Bank):
             del self._parameters[f"w{number}"]
             self.register_buffer(f"w{number}", small)
             self.register_buffer(f"scale{number}", scale)
-        self._find_faster()
-
-    def _find_faster(self) -> None:
-        """On a CPU, put the matrices into large pages, whose addresses are translated faster."""
-        for stored in (self.w1, self.w2):
-            large_pages(stored, now=True)
+        self.use_large_pages()
 
     @property
     def is_int8(self) -> bool:
         """Whether `to_int8` was called."""
         return self.w1.dtype == torch.int8
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertBank":
-        """Move or cast as torch does, but keep the scales of int8 rows in float32."""
-        exact = {n: b for n, b in self._buffers.items() if n.startswith("scale") and b is not None}
-        super()._apply(fn, recurse)
-        for name, scale in exact.items():
-            self._buffers[name] = scale.to(self.w1.device)
-        self._find_faster()
-        return self
 
     def _matrix(self, number: int, expert: int | slice, dtype: torch.dtype) -> Tensor:
         """w1 or w2 of one expert or of several."""

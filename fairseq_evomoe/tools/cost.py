@@ -4,7 +4,8 @@ Letters: s context length, D width, F hidden width of the dense FFN, t bits per 
 
 One MAC is one multiplication and one addition. It is 2 FLOPs in a strict count and 1 FLOP in the
 tables of the MemoryFormer paper (arXiv 2411.12992). As in that paper, norms, softmax, hashing and
-embeddings are not counted. Attention is counted over s positions, whether it is causal or not.
+embeddings, n-gram tables among them, are not counted. Attention is counted over s positions,
+whether it is causal or not.
 """
 
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ def paper_block(s: int, d: int, bits: int | None = None) -> float:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Number of weights; those converted for inference are buffers of three dimensions."""
+    stored = sum(b.numel() for b in module.buffers() if b.dim() == 3)
+    return stored + sum(p.numel() for p in module.parameters())
 
 
 def _linear(module: nn.Linear) -> int:

@@ -173,36 +173,67 @@ def converted(
     return checkpoint
 
 
-def _convert_experts(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
-    flags, model = flags_of(checkpoint), checkpoint["model"]
-    if read_flag(flags, "moe_expert_storage", "trained") != "trained":
-        raise ValueError(f"--experts: the experts of {source} are converted already")
-    if any(name.endswith("experts.tables1") for name in model):
-        raise ValueError("--experts: memory experts (--moe-expert-type memory) have no such form")
-    found = [name for name in model if name.endswith(("experts.w1", "experts.w2"))]
+def _convertible(
+    checkpoint: dict[str, Any],
+    source: Path,
+    *,
+    what: str,
+    storage: str,
+    endings: tuple[str, ...],
+    lacks: str,
+) -> list[str]:
+    """Names of the weights that an option converts.
+
+    Args:
+        what: of the option, "tables" or "experts".
+        storage: the model's flag that says how they are stored.
+        endings: of the names.
+        lacks: what a model without such weights has none of.
+
+    Raises:
+        ValueError: they are converted already, have no such form, or do not exist.
+    """
+    if read_flag(flags_of(checkpoint), storage, "trained") != "trained":
+        raise ValueError(f"--{what}: the {what} of {source} are converted already")
+    if any(name.endswith("experts.tables1") for name in checkpoint["model"]):
+        raise ValueError(f"--{what}: memory experts (--moe-expert-type memory) cannot be converted")
+    found = [name for name in checkpoint["model"] if name.endswith(endings)]
     if not found:
-        raise ValueError(f"--experts: {source} has no experts")
+        raise ValueError(f"--{what}: {source} has no {lacks}")
+    return found
+
+
+def _convert_experts(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
+    found = _convertible(
+        *(checkpoint, source),
+        what="experts",
+        storage="moe_expert_storage",
+        endings=("experts.w1", "experts.w2"),
+        lacks="experts",
+    )
+    model = checkpoint["model"]
     for name in tqdm(found, unit="matrix", disable=None):
         layer, number = name[:-2], name[-1]
         model[name], model[f"{layer}scale{number}"] = quantise(model[name])
+    flags = flags_of(checkpoint)
     checkpoint["cfg"]["model"] = with_flags(flags, moe_expert_storage=dtype)
 
 
 def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
+    found = _convertible(
+        *(checkpoint, source),
+        what="tables",
+        storage="memory_tables",
+        endings=(".tables",),
+        lacks="look-up layer",
+    )
     flags, model = flags_of(checkpoint), checkpoint["model"]
-    if read_flag(flags, "memory_tables", "trained") != "trained":
-        raise ValueError(f"--tables: the tables of {source} are converted already")
-    if any(name.endswith("experts.tables1") for name in model):
-        raise ValueError("--tables: memory experts (--moe-expert-type memory) cannot be converted")
-    found = [name for name in model if name.endswith(".tables")]
-    if not found:
-        raise ValueError(f"--tables: {source} has no look-up layer")
     memory = MemoryConfig.from_args(built(flags))
     for name in tqdm(found, unit="layer", disable=None):
         layer = name.removesuffix("tables")
         linear = model.pop(layer + "linear", None)
         if linear is not None:
-            rule = HashRule.from_flags(0, linear.size(1), memory)
+            rule = HashRule.from_flags(linear.size(0) * linear.size(1), linear.size(1), memory)
             model[name] = rule.fold(Tables(model[name], None, linear)).rows
         if dtype == "bf16":
             model[name] = model[name].bfloat16()

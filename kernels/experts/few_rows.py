@@ -8,7 +8,6 @@ backward pass is that of `eager`, which computes the hidden values again.
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,10 @@ with every row."""
 FEW_INT8 = 512
 """The same for int8 weights, which torch would have to widen first."""
 
-_LOCK = threading.RLock()
-
 
 @constant_when_compiled
 def unavailable() -> str:
     """Reason why the op is unavailable, or "" if it is loaded."""
-    with _LOCK:
-        return _load()
-
-
-@functools.cache
-def _load() -> str:
     return native.load(SOURCES, "few_rows")
 
 

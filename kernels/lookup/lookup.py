@@ -8,6 +8,7 @@ input's dtype, in which bfloat16 gets every second code wrong from 10 bits on; h
 integers.
 """
 
+import functools
 from types import ModuleType
 
 import torch
@@ -88,8 +89,7 @@ def _choose(z: Tensor, tables: Tensor) -> str:
 def _native_unsupported(z: Tensor, tables: Tensor) -> str:
     if not z.is_cuda:
         return cpu.unsupported(z, tables)
-    reason = cuda.unsupported(z, tables)
-    return reason or self_check.failure(f"look-up, CUDA, {tables.dtype}", z, _check(cuda, tables))
+    return cuda.unsupported(z, tables) or self_check.failure(*_check(cuda, z, tables))
 
 
 def _triton_unsupported(z: Tensor, tables: Tensor) -> str:
@@ -100,20 +100,26 @@ def _triton_unsupported(z: Tensor, tables: Tensor) -> str:
     from fairseq_evomoe.kernels.lookup import lookup_triton
 
     reason = lookup_triton.unsupported(z, tables)
-    name = f"look-up, Triton, {tables.dtype}"
-    return reason or self_check.failure(name, z, _check(lookup_triton, tables))
+    return reason or self_check.failure(*_check(lookup_triton, z, tables))
 
 
-def _check(kernel: ModuleType, tables: Tensor) -> self_check.Case:
-    """A kernel's look-up of 7 rows in 3 tables of 5 bits beside torch's, in the tables' dtype."""
+def _check(kernel: ModuleType, z: Tensor, tables: Tensor) -> tuple[str, Tensor, self_check.Case]:
+    """The arguments of `self_check.failure` for a kernel and the dtypes of a call."""
+    name, case = _case(kernel, tables.dtype)
+    return name, z, case
+
+
+@functools.cache
+def _case(kernel: ModuleType, stored_as: torch.dtype) -> tuple[str, self_check.Case]:
+    """A kernel's look-up of 7 rows in 3 tables of 5 bits beside torch's, and its name."""
 
     def case(device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         z = self_check.draw(1, device, dtype, 7, 3, 5)
         stored = self_check.draw(2, device, torch.float32, 3, 32, 37).detach()
         scale = None
-        if tables.dtype == torch.int8:
+        if stored_as == torch.int8:
             stored, scale = quantise(stored)
-        stored = stored.to(tables.dtype)
+        stored = stored.to(stored_as)
         exact, wide = z.detach().float(), stored.float()
         if scale is not None:
             wide = wide * scale[..., None]
@@ -127,4 +133,4 @@ def _check(kernel: ModuleType, tables: Tensor) -> self_check.Case:
         y = eager.lookup(*leaves, score="abs_prob", temperature=1.0)
         return have, self_check.with_gradients(y, leaves)
 
-    return case
+    return f"look-up, {'CUDA' if kernel is cuda else 'Triton'}, {stored_as}", case

@@ -106,6 +106,33 @@ def test_folded_tables_follow_the_parameters():
     assert set(made.state_dict()) == {"tables", "linear", "bias"}
 
 
+def test_a_layer_that_was_made_in_inference_mode():
+    """Its parameters do not count their changes, so its parts are added at every call."""
+    with torch.inference_mode():
+        made = MemoryLayer(D, 10, flags(**LINEAR)).eval()
+        x = torch.randn(5, D)
+        assert torch.allclose(made(x), look_up(made, x), atol=1e-5)
+        made.linear.mul_(2)
+        assert torch.allclose(made(x), look_up(made, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memory_straight_through": True}, "--memory-straight-through"),
+        ({"memory_linear": True, "memory_tables": "int8"}, "leave out --memory-linear"),
+        ({"memory_dropout": 0.1}, "--memory-score abs_prob or l1"),
+        ({"memory_dropout": 1.0, "memory_score": "l1"}, "--memory-dropout 1.0"),
+        ({"memory_parallel": True}, "--memory-parallel"),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit_are_refused_by_name(changes, said):
+    """A flag that would have no effect, or a wrong one, is refused before anything is built."""
+    with pytest.raises(ValueError, match=said):
+        flags(**changes)
+
+
 def test_a_filled_layer_is_the_dense_layer_and_rows():
     """A layer that is filled with the best tables for a dense layer has its weights as linear part
     and rows of 0, and `fill` is the inverse of `whole_tables`."""

@@ -11,6 +11,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_evomoe.kernels.experts import few_rows
 from fairseq_evomoe.tools import export
+from fairseq_evomoe.tools.cost import costs
 
 PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
 
@@ -168,7 +169,7 @@ def test_experts_in_int8(toy, tmp_path, more, capsys):
     train(*train_args(toy, tmp_path, *switch, "--max-update", 30))
     path, small = tmp_path / "checkpoint_last.pt", tmp_path / "small.pt"
     export.main([str(path), "--experts", "int8", "--output", str(small)])
-    losses, outputs, x = [], [], torch.randn(3, 1, 32)
+    losses, outputs, sizes, x = [], [], [], torch.randn(3, 1, 32)
     for file in (path, small):
         (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(file)])
         model.eval()
@@ -176,11 +177,14 @@ def test_experts_in_int8(toy, tmp_path, more, capsys):
             loss, size, _ = task.build_criterion(cfg.criterion)(model, valid_batch(task))
             losses.append(loss.item() / int(size))
             layer = model.encoder.layers[0].moe_layer
+            hidden = {"encoder": 64, "decoder": 64}
+            sizes.append(sum(part.parameters for part in costs(model, context=9, hidden=hidden)))
             outputs.append([layer(x.expand(-1, n, -1)) for n in (1, few_rows.FEW_INT8)])
     for plain, rounded in zip(*outputs, strict=True):
         assert 0 < (rounded - plain).norm() / plain.norm() < 0.02
     assert torch.allclose(outputs[1][0][:, 0], outputs[1][1][:, 0], atol=1e-5)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert sizes[0] == sizes[1], "a report counts the weights in either form"
     # scales stay float32 where the rest does not
     bank = copy.deepcopy(model).half().encoder.layers[0].moe_layer.experts
     assert bank.scale1.dtype == torch.float32 and bank.w1.dtype == torch.int8

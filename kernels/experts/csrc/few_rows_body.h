@@ -63,10 +63,8 @@ static void linear(const Job& j, const W* w, const float* scale, const float* bi
 #endif
 #if EVOMOE_LANES >= 16
                 case 3: all = dots<W, 3>(rows, inputs, j.K); break;
-                default: all = dots<W, M>(rows, inputs, j.K);
-#else
-                default: all = dots<W, M>(rows, inputs, j.K);
 #endif
+                default: all = dots<W, M>(rows, inputs, j.K);
             }
             for (int i = 0; i < m; i++)
                 for (int r = 0; r < width; r++)

@@ -8,6 +8,7 @@
 namespace {
 
 enum Score : int64_t { PROB, ABS_PROB, L1 };
+
 struct Job {
     const float* z;          // (B, K, t)
     const float* row_scale;  // (K, N) or null

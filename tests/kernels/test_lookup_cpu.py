@@ -86,6 +86,20 @@ def test_one_gradient_alone(shape, isa):
         assert torch.equal(one[i].grad, both[i].grad) and one[1 - i].grad is None
 
 
+@pytest.mark.parametrize("width", [1, 20, 33])
+def test_memory_of_others_does_not_leak_in(width, isa):
+    """Gradients of widths that do not fill a tile are finite, whatever freed memory holds."""
+    z, tables = inputs((512, 3, 4, width))
+    for _ in range(8):
+        leaves = z.clone().requires_grad_(), tables.clone().requires_grad_()
+        y = lookup(*leaves, score="prob")
+        dy = torch.ones_like(y)
+        poison = [torch.full((512 * 32 + n,), float("nan")) for n in range(0, 64, 8)]
+        del poison
+        found = torch.autograd.grad(y, leaves, dy)
+        assert all(torch.isfinite(g).all() for g in found)
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_small_tables(shape, score, isa):

@@ -42,7 +42,7 @@ def test_blocks_of_two_threads():
     with products("onednn"):
         thread.start()
         inside.wait(10)
-    assert by_onednn()
+    assert by_onednn() and torch.get_float32_matmul_precision() == "medium"
     leave.set()
     thread.join()
     assert not by_onednn() and torch.get_float32_matmul_precision() == "highest"

@@ -78,7 +78,7 @@ def test_folded_tables_follow_the_parameters():
     x = torch.randn(64, D)
 
     def check(model):
-        model.eval()
+        # no change of mode here: that alone would forget the folded tables
         with torch.no_grad():
             assert torch.allclose(model(x), look_up(model, x), atol=1e-5)
             first = model._folded
@@ -96,6 +96,7 @@ def test_folded_tables_follow_the_parameters():
     made.train()
     # fairseq writes half-precision weights in this way, which autograd does not see
     made.linear.data.mul_(2)
+    made.eval()
     check(made)
     copied = copy.deepcopy(made)
     assert copied._folded is None and pickle.loads(pickle.dumps(made))._folded is None

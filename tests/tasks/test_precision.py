@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, train, train_args
+from conftest import FAMILIES, build, train, train_args, valid_batch
 from torch import nn
 
 from fairseq_evomoe.criterions import moe_cross_entropy
@@ -40,9 +40,9 @@ def test_the_curve_is_that_of_float32(toy, tmp_path, kind, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_by_onednn(toy, tmp_path, kind, family, monkeypatch):
-    """With --cpu-matmul onednn the same run differs in roundings alone, and all of its products,
-    those of backward passes and of validation included, are made in that way. On processors with
-    matrix units for bfloat16, where `auto` does not choose it, the roundings are those of --amp."""
+    """With --cpu-matmul onednn the same run differs in roundings alone, and all of its products
+    are made in that way. On processors with matrix units for bfloat16, where `auto` does not choose
+    it, the roundings are those of --amp."""
     seen = set()
 
     def note(matrices):
@@ -57,6 +57,28 @@ def test_products_by_onednn(toy, tmp_path, kind, family, monkeypatch):
     exact = measure().error <= MOST_ERROR
     assert other[0]["loss"] == pytest.approx(plain[0]["loss"], abs=2e-3 if exact else 0.02)
     assert other[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.05 if exact else 0.15)
+
+
+def test_validation_and_generation_by_onednn(toy, monkeypatch):
+    """Their products are made in the same way as those of training."""
+    flags = ("--moe-gate", "switch", "--evo-spawn-update", 0, "--cpu-matmul")
+    linear = nn.Linear.forward
+    for way in ("onednn", "torch"):
+        cfg, task, model = build(toy, *flags, way)
+        batch, seen = valid_batch(task), []
+
+        def note(self, x, seen=seen):
+            seen.append(by_onednn())
+            return linear(self, x)
+
+        monkeypatch.setattr(nn.Linear, "forward", note)
+        task.valid_step(batch, model, task.build_criterion(cfg.criterion))
+        validated = len(seen)
+        generator = task.build_generator([model.eval()], task.cfg)
+        generator.max_len_b = 3
+        task.inference_step(generator, [model], batch)
+        assert len(seen) > validated > 0 and set(seen) == {way == "onednn"}
+        assert not by_onednn()
 
 
 def test_what_runs_in_which_dtype(toy, tmp_path, monkeypatch):

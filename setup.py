@@ -31,6 +31,7 @@ setup(
         "fairseq_evomoe",
         "fairseq_evomoe.compat",
         "fairseq_evomoe.criterions",
+        "fairseq_evomoe.hf",
         "fairseq_evomoe.kernels",
         "fairseq_evomoe.kernels.experts",
         "fairseq_evomoe.kernels.gate",
@@ -42,6 +43,7 @@ setup(
         "fairseq_evomoe.parallel",
         "fairseq_evomoe.tasks",
         "fairseq_evomoe.tools",
+        "fairseq_evomoe.tools.to_hf",
     ],
     package_data={
         "fairseq_evomoe": ["py.typed"],
@@ -64,11 +66,14 @@ setup(
     ],
     extras_require={
         "dev": [
-            *("build", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "safetensors"),
+            *("accelerate", "build", "hypothesis", "mypy", "peft", "pytest", "pytest-xdist"),
+            *("protobuf", "ruff", "safetensors", "tokenizers>=0.22", "transformers>=5.24,<6"),
             "zstandard",
         ],
         "docs": ["furo", "myst-parser", "sphinx"],
         "export": ["safetensors"],
+        # the interface of experts and caches is that of 5.24
+        "hf": ["protobuf", "safetensors", "tokenizers>=0.22", "transformers>=5.24,<6"],
         "hub": ["datasets"],
         "langid": ["py3langid"],
         "plots": ["matplotlib"],

@@ -1,5 +1,6 @@
 """EvoMoE mixture-of-experts training for fairseq. Load it with `--user-dir fairseq_evomoe`."""
 
+import importlib.util
 import logging
 import os
 
@@ -11,16 +12,18 @@ if not os.path.isdir(os.path.join(_here, "kernels")):
 
 __version__ = "0.2.0"
 
-_logs_unset = not logging.getLogger().handlers
+# Without fairseq, which nothing in `hf` and `kernels` needs, exported models can still be loaded.
+if importlib.util.find_spec("fairseq") is not None:
+    _logs_unset = not logging.getLogger().handlers
 
-from fairseq_evomoe import compat  # noqa: E402
+    from fairseq_evomoe import compat
 
-compat.apply_patches()
+    compat.apply_patches()
 
-from fairseq_evomoe import criterions, models, tasks  # noqa: E402
+    from fairseq_evomoe import criterions, models, tasks
 
-if _logs_unset:
-    # importing fairseq's wav2vec turns on the debugging output of every library
-    logging.getLogger().setLevel(logging.INFO)
+    if _logs_unset:
+        # importing fairseq's wav2vec turns on the debugging output of every library
+        logging.getLogger().setLevel(logging.INFO)
 
-__all__ = ["__version__", "compat", "criterions", "models", "tasks"]
+    __all__ = ["__version__", "compat", "criterions", "models", "tasks"]

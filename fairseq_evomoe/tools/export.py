@@ -3,23 +3,25 @@
 The exported folder holds `model.safetensors` (weights and evolution state) and `config.json` (every
 flag, the number of updates, and which tensors are tied). It contains no pickled data, so it is safe
 to share and can be read by other software. Optimizer state is not exported. If the input is such a
-folder, the tool writes the checkpoint again.
+folder, the tool writes the checkpoint again. With `--format hf` it writes a folder that
+transformers loads; see `fairseq_evomoe.hf`.
 """
 
 import argparse
+import dataclasses
+import importlib
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 from fairseq_evomoe.kernels.lookup.score import quantise
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.rule import HashRule, Tables
+from fairseq_evomoe.tools import json_values
 from fairseq_evomoe.tools.checkpoint import (
     built,
     command,
@@ -35,7 +37,6 @@ from fairseq_evomoe.tools.checkpoint import (
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "fairseq_evomoe checkpoint 1"
 _KEPT = ("args", "cfg", "optimizer_history", "task_state")
-_TAG = "__python__"
 
 
 def _safetensors() -> Any:
@@ -44,47 +45,6 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ValueError("safetensors is missing: pip install 'fairseq-evomoe[export]'") from error
     return safetensors.torch
-
-
-def encode(value: Any) -> Any:
-    """Encode plain Python data as JSON, from which `decode` restores equal values and types.
-
-    Raises:
-        ValueError: the data holds other types than numbers, text, containers and Namespaces.
-    """
-    if isinstance(value, DictConfig | ListConfig):
-        value = OmegaConf.to_container(value, resolve=True, enum_to_str=True)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [encode(v) for v in value]
-    if isinstance(value, tuple):
-        return {_TAG: "tuple", "items": [encode(v) for v in value]}
-    if isinstance(value, Namespace):
-        return {_TAG: "Namespace", "items": encode(vars(value))}
-    if isinstance(value, dict):
-        if all(isinstance(k, str) for k in value) and _TAG not in value:
-            return {k: encode(v) for k, v in value.items()}
-        return {_TAG: "dict", "items": [[encode(k), encode(v)] for k, v in value.items()]}
-    raise ValueError(f"cannot write a {type(value).__name__} as JSON: {value!r:.80}")
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode`."""
-    if isinstance(value, list):
-        return [decode(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get(_TAG)
-    if kind is None:
-        return {k: decode(v) for k, v in value.items()}
-    if kind == "tuple":
-        return tuple(decode(v) for v in value["items"])
-    if kind == "Namespace":
-        return Namespace(**decode(value["items"]))
-    if kind == "dict":
-        return {decode(k): decode(v) for k, v in value["items"]}
-    raise ValueError(f"{CONFIG} holds an unknown {_TAG} {kind!r}")
 
 
 def export(source: Path, folder: Path) -> None:
@@ -112,7 +72,7 @@ def export(source: Path, folder: Path) -> None:
         "format": FORMAT,
         "order": list(checkpoint["model"]),
         "tied": tied,
-        **{k: encode(checkpoint[k]) for k in _KEPT if k in checkpoint},
+        **{k: json_values.encode(checkpoint[k]) for k in _KEPT if k in checkpoint},
     }
     with in_place_of(folder) as partial:
         partial.mkdir()
@@ -144,7 +104,7 @@ def restore(folder: Path) -> dict[str, Any]:
         if origin not in tensors:
             raise ValueError(f"{folder / WEIGHTS} lacks {origin}")
         model[name] = tensors[origin]
-    checkpoint = {k: decode(config[k]) for k in _KEPT if k in config}
+    checkpoint = {k: json_values.decode(config[k]) for k in _KEPT if k in config}
     return {**checkpoint, "model": model, "extra_state": {}}
 
 
@@ -245,15 +205,54 @@ def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> Non
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.tables or args.experts:
+    if args.format != "safetensors":
+        _for_transformers(args)
+    elif args.tables or args.experts:
         refuse_existing(args.output)
         write(converted(args.source, tables=args.tables, experts=args.experts), args.output)
-    elif args.source.is_dir():
+    elif args.from_hf or args.source.is_dir():
         refuse_existing(args.output)
-        write(restore(args.source), args.output)
+        write(_restored(args), args.output)
     else:
         export(args.source, args.output)
     print(f"wrote {args.output}")
+
+
+def _for_transformers(args: argparse.Namespace) -> None:
+    if args.tables or args.experts:
+        raise ValueError(
+            f"--format {args.format}: convert first (--tables or --experts), and export the "
+            "checkpoint that this writes"
+        )
+    refuse_existing(args.output)
+    to_hf = _transformers("write")
+    chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(to_hf.Options)}
+    export_to = _transformers("nllb").export if args.format == "nllb-moe" else to_hf.export
+    difference = export_to(args.source, args.output, to_hf.Options(**chosen))
+    print(f"logits differ from fairseq's by at most {difference:.1e} on padded random text")
+
+
+def _restored(args: argparse.Namespace) -> dict[str, Any]:
+    """The checkpoint in a folder, of either format."""
+    if not args.source.is_dir():
+        raise ValueError(f"--from-hf {args.source}: not a folder")
+    if args.from_hf or (args.source / "fairseq.json").is_file():
+        return _transformers("read").restore(args.source)
+    return restore(args.source)
+
+
+def _transformers(name: str) -> Any:
+    """A file of `to_hf`, which needs transformers.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    try:
+        return importlib.import_module(f"fairseq_evomoe.tools.to_hf.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fairseq_evomoe"):
+            raise
+        raise ValueError(f"{error.name} is missing: pip install 'fairseq-evomoe[hf]'") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -269,6 +268,47 @@ def parser() -> argparse.ArgumentParser:
         "--experts",
         choices=("int8",),
         help="write a checkpoint with experts' matrices of this dtype instead, for inference",
+    )
+    made.add_argument(
+        "--format",
+        choices=("safetensors", "hf", "nllb-moe"),
+        default="safetensors",
+        help="safetensors: weights and flags in two files; hf: a folder that transformers loads; "
+        "nllb-moe: one that its own NllbMoe loads, for pre-norm translation models with --moe-gate "
+        "gshard",
+    )
+    made.add_argument(
+        "--from-hf", action="store_true", help="make a checkpoint of a folder of --format hf"
+    )
+    hf = made.add_argument_group("--format hf and nllb-moe")
+    hf.add_argument(
+        "--data", help="folder with the dictionaries; by default the one that the checkpoint names"
+    )
+    hf.add_argument(
+        "--sentencepiece",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="the model that split the training text, or one for source and one for target; "
+        "without it, words are separated by spaces",
+    )
+    hf.add_argument(
+        "--with-code",
+        action="store_true",
+        help="add the Python files of the model, so that nothing but transformers need be "
+        "installed (trust_remote_code)",
+    )
+    hf.add_argument("--beam", type=int, default=5, help="default number of beams")
+    hf.add_argument("--lenpen", type=float, default=1.0, help="default length penalty")
+    hf.add_argument("--max-len-b", type=int, default=200, help="default maximum length")
+    hf.add_argument("--shard-size", default="5GB", help="largest size of a file of weights")
+    hf.add_argument(
+        "--scores",
+        nargs="+",
+        default=[],
+        metavar="LINE",
+        help="lines for the model card, such as 'BLEU on newstest2014: 27.3'",
     )
     return made
 

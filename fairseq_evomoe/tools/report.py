@@ -1,11 +1,11 @@
-"""`evomoe-report`: report a model's cost per token (flops) or show its training (page)."""
+"""`evomoe-report`: a model's cost per token (flops), its training (page), its routing (trace)."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq_evomoe.tools import page
+from fairseq_evomoe.tools import page, trace
 from fairseq_evomoe.tools.checkpoint import (
     build,
     command,
@@ -47,8 +47,8 @@ def table(rows: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.what == "page":
-        page.run(args)
+    if args.what in ("page", "trace"):
+        {"page": page, "trace": trace}[args.what].run(args)
         return
     if args.context < 1:
         raise ValueError(f"--context {args.context}: give a number of positions, 1 or more")
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     flops_parser.add_argument("--data", help="folder with the dictionaries")
     flops_parser.add_argument("--json", type=Path, help="also write the rows to this file")
     page.add_flags(what.add_parser("page", help="runs, experts and scores on one HTML page"))
+    trace.add_flags(what.add_parser("trace", help="experts of every token as JSON lines"))
     return made
 
 

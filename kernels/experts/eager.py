@@ -88,7 +88,7 @@ def filled_up(pairs: Pairs, multiple: int = 32) -> Pairs:
     return Pairs(torch.cat(weights), torch.cat(tokens), [n + -n % multiple for n in counts])
 
 
-def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """(expert, slice of its rows) for every expert that has rows."""
     start = 0
     for e, n in enumerate(counts):
@@ -116,7 +116,7 @@ class _GroupedFFN(torch.autograd.Function):
         rows = x if token is None else x.index_select(0, token)
         pairs = sum(counts)
         h = x.new_empty(pairs, w1.size(1))
-        for e, s in _slices(counts):
+        for e, s in slices(counts):
             torch.addmm(b1[e], rows if dense else rows[s], w1[e].t(), out=h[s])
 
         pre = kept = None
@@ -131,11 +131,11 @@ class _GroupedFFN(torch.autograd.Function):
             h *= 1 / (1 - dropout)
 
         out = x.new_empty(pairs, x.size(1))
-        for e, s in _slices(counts):
+        for e, s in slices(counts):
             torch.addmm(b2[e], h[s], w2[e].t(), out=out[s])
         y = torch.zeros_like(x)
         if token is None:
-            for _, s in _slices(counts):
+            for _, s in slices(counts):
                 y.addcmul_(out[s], weight[s, None])
         else:
             y.index_add_(0, token, out * weight[:, None])
@@ -161,7 +161,7 @@ class _GroupedFFN(torch.autograd.Function):
         # No product is written for an expert without rows, so its gradient must start as 0.
         blank = torch.zeros_like if 0 in counts else torch.empty_like
         dw2, db2 = blank(w2), torch.zeros_like(b2)
-        for e, s in _slices(counts):
+        for e, s in slices(counts):
             torch.mm(dout[s], w2[e], out=dh[s])
             torch.mm(dout[s].t(), h[s], out=dw2[e])
             torch.sum(dout[s], 0, out=db2[e])
@@ -172,7 +172,7 @@ class _GroupedFFN(torch.autograd.Function):
         needs_dx = ctx.needs_input_grad[0]
         dx: Any = torch.zeros_like(x) if needs_dx else None
         drows: Any = None if dense or not needs_dx else torch.empty_like(rows)
-        for e, s in _slices(counts):
+        for e, s in slices(counts):
             torch.mm(dh[s].t(), rows if dense else rows[s], out=dw1[e])
             torch.sum(dh[s], 0, out=db1[e])
             if needs_dx and dense:

@@ -10,7 +10,7 @@ from conftest import USER_DIR, run, tool, train, train_args, valid_batch
 from fairseq import checkpoint_utils
 
 from fairseq_evomoe.kernels.experts import few_rows
-from fairseq_evomoe.tools import export
+from fairseq_evomoe.tools import export, json_values
 from fairseq_evomoe.tools.cost import costs
 
 PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
@@ -78,13 +78,13 @@ def test_the_restored_checkpoint_works(checkpoint, toy, tmp_path):
 )
 def test_json_keeps_python_types(value):
     """What comes back through JSON is equal in value and type."""
-    back = export.decode(json.loads(json.dumps(export.encode(value))))
+    back = json_values.decode(json.loads(json.dumps(json_values.encode(value))))
     assert back == value and type(back) is type(value)
 
 
 def test_what_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="cannot write a Tensor as JSON"):
-        export.encode({"x": torch.zeros(1)})
+        json_values.encode({"x": torch.zeros(1)})
 
 
 def test_half_written_and_foreign_folders_are_refused(checkpoint, tmp_path, capsys):

@@ -1,0 +1,270 @@
+"""fairseq_evomoe.hf: the same logits, routing and generation as fairseq's models."""
+
+import fairseq_evomoe.hf  # noqa: F401  # before transformers; see there
+
+# isort: split
+
+import pytest
+import torch
+from conftest import build
+from transformers import GenerationConfig
+
+from fairseq_evomoe.hf.feed_forward_evomoe import run_experts
+from fairseq_evomoe.hf.look_up_evomoe import OPERATIONS, look_up
+from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.modules.plan import Phase
+from fairseq_evomoe.schedule import Stage
+from fairseq_evomoe.tools.to_hf.describe import describe
+from fairseq_evomoe.tools.to_hf.weights import name_for_hf
+from fairseq_evomoe.tools.to_hf.write import convert
+
+EVERY = ("--moe-freq", 1)
+WHOLE = ("--moe-freq", 0, "--memory-ffn", "--memory-attention", "--memory-bits", 4)
+CASES = {
+    "dense": ("translation", ("--moe-freq", 0)),
+    "base expert alone": ("lm", EVERY),
+    "dts soft": ("translation", (*EVERY, "--dts-threshold", 0.9)),
+    "dts limited": ("lm", (*EVERY, "--dts-max-experts", 2, "--dts-combine", "renorm")),
+    "dts hard": ("mlm", (*EVERY, "--dts-top-k", 2, "--dts-combine", "straight")),
+    "dts raw": ("lm", (*EVERY, "--dts-combine", "raw", "--moe-gate-token-bias", 1)),
+    "dts parity": ("translation", (*EVERY, "--dts-parity")),
+    "switch": ("lm", (*EVERY, "--moe-gate", "switch", "--moe-shared-expert")),
+    "switch biased": ("translation", (*EVERY, "--moe-gate", "switch", "--moe-balance-bias", 0.1)),
+    "gshard pre-norm": (
+        "translation",
+        (
+            *(*EVERY, "--moe-gate", "gshard", "--encoder-normalize-before"),
+            *("--decoder-normalize-before", "--encoder-learned-pos", "--layernorm-embedding"),
+        ),
+    ),
+    "topk": ("mlm", (*EVERY, "--moe-gate", "topk", "--moe-top-k", 3, "--moe-gate-token-bias", 1)),
+    "topk 1": ("lm", (*EVERY, "--moe-gate", "topk", "--moe-top-k", 1)),
+    "dense gate": ("lm", (*EVERY, "--moe-gate", "dense", "--moe-gate-loss-wt", 0)),
+    "base": ("mlm", (*EVERY, "--moe-gate", "base", "--moe-gate-loss-wt", 0)),
+    "hash": ("translation", (*EVERY, "--moe-gate", "hash", "--moe-gate-loss-wt", 0)),
+    "stable": ("lm", (*EVERY, "--moe-gate", "stable")),
+    "stable frozen": ("mlm", (*EVERY, "--moe-gate", "stable")),
+    "expert choice": (
+        "translation",
+        (
+            *("--moe-freq", 0, "--encoder-moe-freq", 1, "--moe-gate", "expert_choice"),
+            *("--moe-choice-experts", 1.5, "--moe-gate-loss-wt", 0),
+        ),
+    ),
+    "memory experts": (
+        "lm",
+        (*EVERY, "--moe-expert-type", "memory", "--memory-bits", 4, "--memory-linear"),
+    ),
+    "int8 experts": ("lm", (*EVERY, "--moe-gate", "switch", "--moe-expert-storage", "int8")),
+    "memoryformer": ("translation", (*WHOLE, "--memory-score", "l1", "--memory-linear")),
+    "memoryformer int8": ("lm", (*WHOLE, "--memory-tables", "int8", "--memory-norm", "rms")),
+    "memoryformer bf16": (
+        "mlm",
+        (*WHOLE, "--memory-tables", "bf16", "--memory-out-proj", "memory"),
+    ),
+    "beside": (
+        "lm",
+        (*WHOLE[:3], *WHOLE[4:], "--memory-parallel", "--memory-score", "abs_prob"),
+    ),
+    "n-grams": (
+        "translation",
+        ("--moe-freq", 0, "--memory-ngram", 3, "--memory-out-proj", "dense", *WHOLE[3:]),
+    ),
+    "widths": (
+        "lm",
+        (*EVERY, "--decoder-input-dim", 16, "--decoder-output-dim", 16, "--activation-fn", "gelu"),
+    ),
+}
+HARD = ("dts hard", "dts parity", "stable frozen")
+
+
+def pair(toy, case, dtype=torch.float32):
+    """fairseq's model of a case, every weight random, and the one for transformers."""
+    family, flags = CASES[case]
+    cfg, task, model = build(toy, *flags, family=family)
+    model.eval()
+    soft = Phase(stage=Stage.SPARSIFY, temperature=0.6, anneal_left=0.3)
+    for _, layer in moe_layers(model):
+        # as in a checkpoint, whose stage no schedule decides any more
+        layer.timeline.schedule = None
+        layer.timeline.saved = soft
+        if case == "base expert alone":
+            layer.timeline.saved = Phase(stage=Stage.DIVERSIFY, temperature=2.0, anneal_left=1.0)
+        elif case in HARD:
+            layer.timeline.saved = Phase(stage=Stage.HARD, temperature=0.3)
+        if case == "switch biased":
+            layer.gate.bias_steps.random_(-9, 9)
+        if case == "stable frozen":
+            layer.gate.freeze()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1 or "ngrams" in name or "beside" in name or name.endswith("gate.weight"):
+                p.add_(torch.randn_like(p) * 0.5)
+    model.to(dtype)
+    config = describe(model, cfg.model, 0.01)
+    ours, _ = convert(model, config, model.state_dict())
+    return family, task, model, ours
+
+
+def text(task, model_type=None):
+    """Padded ids, (4, 9), whose rows end in eos."""
+    words = len(task.source_dictionary)
+    ids = torch.randint(4, words, (4, 9))
+    ids[:, -1] = 2
+    ids[1, 5], ids[1, 6:] = 2, 1
+    ids[3, 1], ids[3, 2:] = 2, 1
+    return ids
+
+
+def logits(family, model, ours, ids):
+    """Logits of both models at real positions."""
+    if family == "translation":
+        target = ids.roll(1, 0)
+        target = torch.cat([torch.full_like(target[:, :1], 2), target[:, :-1]], 1)
+        want = model(ids, ids.ne(1).sum(1), target)[0]
+        have = ours(input_ids=ids, decoder_input_ids=target).logits
+        real = target.ne(1)
+    else:
+        want, have, real = model(ids)[0], ours(input_ids=ids).logits, ids.ne(1)
+    return want[real], have[real]
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits_are_those_of_fairseq(toy, case):
+    """On a padded batch, within 1e-5; and without padding a row has the same logits."""
+    family, task, model, ours = pair(toy, case)
+    ids = text(task)
+    want, have = logits(family, model, ours, ids)
+    assert want.std() > 0.05
+    torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
+    if family != "translation":
+        mask = ids.ne(1).long()
+        torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits[ids.ne(1)], have)
+
+
+@pytest.mark.parametrize("case", ["dts limited", "switch", "memoryformer", "n-grams", "beside"])
+@torch.no_grad()
+def test_plain_torch_and_kernels_agree(toy, case, monkeypatch):
+    """The operations that an exported folder brings give what the package's kernels give."""
+    family, task, model, ours = pair(toy, case)
+    ids = text(task)
+    have = logits(family, model, ours, ids)[1]
+    assert OPERATIONS["experts"] is not run_experts and OPERATIONS["look_up"] is not look_up
+    monkeypatch.setitem(OPERATIONS, "experts", run_experts)
+    monkeypatch.setitem(OPERATIONS, "look_up", look_up)
+    torch.testing.assert_close(logits(family, model, ours, ids)[1], have, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dts soft", "memory experts", "memoryformer", "beside"])
+def test_gradients_are_those_of_fairseq(toy, case):
+    """In float64, except for gates, which compute in float32 everywhere."""
+    family, task, model, ours = pair(toy, case, torch.float64)
+    want, have = logits(family, model, ours, text(task))
+    direction = torch.randn_like(want)
+    (want * direction).sum().backward()
+    (have * direction).sum().backward()
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    compared = 0
+    for name, p in model.named_parameters():
+        if name_for_hf(name) in found and p.grad is not None:
+            grad = found[name_for_hf(name)]
+            torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=3e-5)
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("case", ["dts soft", "switch", "stable frozen", "gshard pre-norm", "hash"])
+@torch.no_grad()
+def test_routing_is_the_same_everywhere(toy, case):
+    """Every token goes to the same experts in fairseq's model and in the exported one."""
+    family, task, model, ours = pair(toy, case)
+    ids = text(task)
+    seen = {}
+    gates = {layer.name: layer.gate for _, layer in moe_layers(model)}
+
+    def keep(where, name):
+        return lambda gate, args, plan: seen.setdefault((where, name), []).append(plan.active)
+
+    hooks = [g.register_forward_hook(keep("fairseq", n)) for n, g in gates.items()]
+    for name, module in ours.named_modules():
+        if type(module).__name__ == "Router":
+            side, _, number = name.split(".")[1:4]
+            hooks.append(module.register_forward_hook(keep("hf", f"{side}.{number}")))
+    logits(family, model, ours, ids)
+    for hook in hooks:
+        hook.remove()
+    for name in gates:
+        theirs, mine = seen["fairseq", name][0], seen["hf", name][0]
+        # fairseq's rows go position by position, ours sentence by sentence
+        real = ids if name.startswith("encoder") or family != "translation" else None
+        if real is None:
+            target = ids.roll(1, 0)
+            real = torch.cat([torch.full_like(target[:, :1], 2), target[:, :-1]], 1)
+        order = torch.full(real.t().shape, -1)
+        order[real.t().ne(1)] = torch.arange(int(real.ne(1).sum()))
+        assert torch.equal(theirs[order.t()[real.ne(1)]], mine), name
+
+
+@pytest.mark.parametrize(
+    "case", ["dts soft", "switch", "gshard pre-norm", "memoryformer", "n-grams"]
+)
+@torch.no_grad()
+def test_a_cache_changes_nothing(toy, case):
+    """Greedy search, beams and sampling give the same words with a cache and without."""
+    family, task, _, ours = pair(toy, case)
+    ids = text(task)[:3]
+    if family == "lm":
+        # prompts of a language model are padded on the left
+        ids = torch.tensor([[2, 9, 8, 7], [1, 2, 5, 6], [1, 1, 2, 11]])
+    given = {"input_ids": ids, "attention_mask": ids.ne(1).long(), "max_new_tokens": 8}
+    for how in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 0}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            plan = GenerationConfig(
+                eos_token_id=2, pad_token_id=1, decoder_start_token_id=2, use_cache=use_cache, **how
+            )
+            plan.return_dict_in_generate = plan.output_logits = True
+            found.append(ours.generate(**given, generation_config=plan))
+        assert torch.equal(found[0].sequences, found[1].sequences), how
+        for one, other in zip(found[0].logits, found[1].logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        if "do_sample" in how:
+            assert len(set(found[0].sequences.flatten().tolist())) > 8
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(toy):
+    """A prompt has the same next word whether it is padded or not."""
+    _, _, _, ours = pair(toy, "dts raw")
+    alone = torch.tensor([[2, 5, 6]])
+    padded = torch.tensor([[1, 1, 2, 5, 6], [2, 9, 8, 7, 6]])
+    want = ours(input_ids=alone).logits[0]
+    torch.testing.assert_close(ours(input_ids=padded).logits[0, 2:], want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_called_is_refused(toy):
+    """Embeddings for gates that read ids, a mask of another length, n-grams behind a cache."""
+    _, _, _, ours = pair(toy, "hash")
+    states = torch.randn(1, 3, 32)
+    with pytest.raises(ValueError, match="input_ids"):
+        ours(inputs_embeds=states, decoder_input_ids=torch.tensor([[2, 5]]))
+    with pytest.raises(ValueError, match="attention_mask has 2 positions"):
+        ours(input_ids=torch.tensor([[5, 6, 2]]), attention_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="either ids or embeddings"):
+        ours(decoder_input_ids=torch.tensor([[2, 5]]))
+    _, _, _, ours = pair(toy, "n-grams")
+    source = {"input_ids": torch.tensor([[5, 6, 2]])}
+    first = ours(**source, decoder_input_ids=torch.tensor([[2, 5]]), use_cache=True)
+    with pytest.raises(ValueError, match="ids_before"):
+        ours(**source, decoder_input_ids=torch.tensor([[6]]), cache=first.cache)
+
+
+def test_ids_beyond_the_dictionary_are_unknown_words(toy):
+    """A tokenizer gives such ids to pieces that training never saw."""
+    _, task, _, ours = pair(toy, "topk 1")
+    words = len(task.source_dictionary)
+    with torch.no_grad():
+        want = ours(input_ids=torch.tensor([[2, 3, 5]])).logits
+        torch.testing.assert_close(ours(input_ids=torch.tensor([[2, words + 7, 5]])).logits, want)

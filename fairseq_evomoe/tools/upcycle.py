@@ -5,7 +5,8 @@ Each chosen feed-forward network becomes the base expert of an MoE layer and is 
 2212.05055). The tool converts dense models of fairseq (transformer, transformer_lm, roberta) and of
 this package (trained with `--moe-freq 0`). With `--evo-diversify copy` and a gate whose weights sum
 to 1, the output does not change. Adam's moments are carried over: every copy gets those of the base
-expert, and the gate's moments are zero. `--no-optimizer-state` leaves them out.
+expert, and the gate's moments are zero. `--no-optimizer-state` leaves them out. With `--from-hf`
+the dense model is one of transformers (`from_transformers`).
 """
 
 import argparse
@@ -238,6 +239,8 @@ def upcycle(
 
 def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output)
+    if args.from_hf:
+        _convert(args)
     moe = MoEConfig.from_args(args)
     rule = SplitRule.from_flags(args)
     if not 0 < args.temperature < math.inf:
@@ -246,8 +249,9 @@ def run(args: argparse.Namespace) -> None:
         moe.moe_freq = 2
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}
     flags["moe_gate_token_bias"] = moe.token_bias
+    source = args.dense if args.from_hf else args.checkpoint
     checkpoint = upcycle(
-        args.checkpoint,
+        source,
         flags,
         rule,
         seed=args.seed,
@@ -271,9 +275,43 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def _convert(args: argparse.Namespace) -> None:
+    """Make a dense checkpoint and its dictionaries of a folder for transformers."""
+    if not args.data or not args.dense:
+        raise ValueError(
+            "--from-hf: give --data, a new folder for the dictionaries, and --dense, a new file "
+            "for the dense checkpoint"
+        )
+    refuse_existing(Path(args.data))
+    refuse_existing(args.dense)
+    try:
+        from fairseq_evomoe.tools import from_transformers
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'fairseq-evomoe[hf]'") from error
+    pair = (args.source_lang, args.target_lang)
+    languages = (str(pair[0]), str(pair[1])) if all(pair) else None
+    found = from_transformers.read(args.checkpoint, languages, drop_bias=args.drop_logits_bias)
+    write(from_transformers.dense_checkpoint(found, Path(args.data)), args.dense)
+    print(f"wrote {args.dense}, the dense model, and {args.data}, its dictionaries")
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], conflict_handler="resolve")
     made.add_argument("checkpoint", type=Path, help="dense checkpoint")
+    hf = made.add_argument_group("dense models of transformers")
+    hf.add_argument(
+        "--from-hf",
+        action="store_true",
+        help="the checkpoint is a folder with a dense GPT-2 or Marian model for transformers",
+    )
+    hf.add_argument("--dense", type=Path, help="where to write it as a checkpoint of fairseq")
+    hf.add_argument("--source-lang", help="language that a Marian model reads")
+    hf.add_argument("--target-lang", help="language that it writes")
+    hf.add_argument(
+        "--drop-logits-bias",
+        action="store_true",
+        help="leave out Marian's bias of the output words, which fairseq does not have",
+    )
     made.add_argument("--output", type=Path, required=True)
     made.add_argument(
         "--data", help="folder with the dictionaries; default: the folder named in the checkpoint"

@@ -256,6 +256,24 @@ def lookup_plot(rows: list[Row]) -> plt.Figure:
     return figure
 
 
+def hf_experts(rows: list[Row]) -> str:
+    """Our experts in transformers' MoE models over its own implementations."""
+    others = ("grouped_mm", "eager", "batched_mm")
+    out = []
+    for machine, mine in grouped(rows, where).items():
+        at: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+        for row in mine:
+            key = (f"{row['model']}, {row['top_k']} of {row['experts']}", row["tokens"])
+            at.setdefault(key, {})[row["mode"], row["other"]] = short(row["ratio_p50"])
+        lines = [
+            [*key, *(", ".join(found.get((mode, o), "-") for o in others) for mode in MODES)]
+            for key, found in at.items()
+        ]
+        heads = (f"{mode}, over {', '.join(others)}" for mode in MODES)
+        out.append(f"{machine}:\n\n" + table(["experts", "tokens", *heads], lines))
+    return "\n\n".join(out) + "\n"
+
+
 def places() -> list[tuple[Path, str, str]]:
     """(page, marker, text) of every table that this script makes."""
     layers = read(RESULTS / "moe_layer.csv")
@@ -267,6 +285,11 @@ def places() -> list[tuple[Path, str, str]]:
         (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
         (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
         (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),
+        (
+            ROOT / "docs/hugging_face.md",
+            "hf experts",
+            hf_experts(read(RESULTS / "hf_experts.csv")),
+        ),
         (PAGE, "decoding", decode_experts(read(RESULTS / "decode.csv"))),
     ]
 

@@ -106,7 +106,29 @@ class HashRule:
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
 
 
-class LookUp(nn.Module):
+class StoredTables(nn.Module):
+    """Base class of layers with tables, as they were trained or converted.
+
+    Attributes:
+        tables: (K, N, H), a parameter, or a buffer of a smaller dtype.
+        row_scale: (K, N) float32, the scales of int8 rows, or None.
+    """
+
+    tables: Tensor
+    row_scale: Tensor | None
+
+    def store(self, memory: dict[str, Any], shape: tuple[int, int, int]) -> None:
+        """Make room for tables of this shape."""
+        if memory["tables"] == "trained":
+            self.tables = nn.Parameter(torch.zeros(shape))
+        else:
+            dtype = DTYPES.get(memory["tables"], torch.float32)
+            self.register_buffer("tables", torch.zeros(shape, dtype=dtype))
+        scales = torch.zeros(shape[:2]) if memory["tables"] == "int8" else None
+        self.register_buffer("row_scale", scales)
+
+
+class LookUp(StoredTables):
     """A look-up in place of a linear layer, D -> `out`.
 
     Args:
@@ -114,23 +136,13 @@ class LookUp(nn.Module):
         bits: t; `gain` is the gain of the linear part for so many bits.
     """
 
-    tables: Tensor
-
     def __init__(
         self, memory: dict[str, Any], width: int, out: int, bits: int, *, bias: bool = True
     ) -> None:
         super().__init__()
         self.rule = HashRule(memory, width, bits, memory["gain"][str(bits)])
         shape = (self.rule.count, 2**bits, out)
-        self.row_scale = None
-        if memory["tables"] == "trained":
-            self.tables = nn.Parameter(torch.zeros(shape))
-        else:
-            dtype = DTYPES.get(memory["tables"], torch.float32)
-            self.register_buffer("tables", torch.zeros(shape, dtype=dtype))
-            if memory["tables"] == "int8":
-                del self.row_scale
-                self.register_buffer("row_scale", torch.zeros(shape[:2]))
+        self.store(memory, shape)
         self.linear = None
         if memory["linear"]:
             self.linear = nn.Parameter(torch.zeros(shape[0], bits, out))
@@ -181,22 +193,14 @@ HASHES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F
 """Odd constants, those of Weyl sequences and of xxHash; one per table of n-grams."""
 
 
-class Ngrams(nn.Module):
+class Ngrams(StoredTables):
     """Rows that are found by hashes of the ids of the last n tokens, and added to the input."""
 
     def __init__(self, memory: dict[str, Any], width: int, pad: int) -> None:
         super().__init__()
         self.length, self.pad, self.factor = memory["ngram"], pad, math.sqrt(width)
         shape = (len(HASHES), memory["ngram_rows"], width // len(HASHES))
-        self.row_scale = None
-        if memory["tables"] == "trained":
-            self.tables = nn.Parameter(torch.zeros(shape))
-        else:
-            dtype = DTYPES.get(memory["tables"], torch.float32)
-            self.register_buffer("tables", torch.zeros(shape, dtype=dtype))
-            if memory["tables"] == "int8":
-                del self.row_scale
-                self.register_buffer("row_scale", torch.zeros(shape[:2]))
+        self.store(memory, shape)
 
     def forward(self, ids: Tensor, before: Tensor | None) -> Tensor:
         """(B, L) -> (B, L, D); `before` are the ids before them, (B, n - 1), or None."""

@@ -119,9 +119,8 @@ class _GatedFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, weight, token, *kept = ctx.saved_tensors
         hidden, needs = down.size(2), ctx.needs_input_grad
-        # no product is written for an expert without rows, so its gradient must start as 0
-        blank = torch.zeros_like if 0 in ctx.counts else torch.empty_like
-        dgate_up, ddown = blank(gate_up) if needs[1] else None, blank(down) if needs[3] else None
+        dgate_up = _blank(gate_up, ctx.counts) if needs[1] else None
+        ddown = _blank(down, ctx.counts) if needs[3] else None
         dgate_up_bias, ddown_bias = (
             w.new_zeros(w.shape[:2]) if there else None
             for w, there in zip((gate_up, down), ctx.biases, strict=True)
@@ -145,6 +144,15 @@ class _GatedFFN(torch.autograd.Function):
             if needs[0]:
                 dx.index_add_(0, token[block], drows)
         return dx, dgate_up, dgate_up_bias, ddown, ddown_bias, dweight, None, None, None
+
+
+def _blank(stacked: Tensor, counts: Sequence[int]) -> Tensor:
+    """Room for a gradient, with zeros for experts without rows, for which nothing is written."""
+    made = torch.empty_like(stacked)
+    for e, n in enumerate(counts):
+        if n == 0:
+            made[e].zero_()
+    return made
 
 
 def _weight_gradients(

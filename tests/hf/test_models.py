@@ -28,6 +28,7 @@ CASES = {
     "dts hard": ("mlm", (*EVERY, "--dts-top-k", 2, "--dts-combine", "straight")),
     "dts raw": ("lm", (*EVERY, "--dts-combine", "raw", "--moe-gate-token-bias", 1)),
     "dts parity": ("translation", (*EVERY, "--dts-parity")),
+    "dts hard lm": ("lm", (*EVERY, "--dts-noise", "none", "--dts-top-k", 2)),
     "switch": ("lm", (*EVERY, "--moe-gate", "switch", "--moe-shared-expert")),
     "switch biased": ("translation", (*EVERY, "--moe-gate", "switch", "--moe-balance-bias", 0.1)),
     "gshard pre-norm": (
@@ -75,7 +76,7 @@ CASES = {
         (*EVERY, "--decoder-input-dim", 16, "--decoder-output-dim", 16, "--activation-fn", "gelu"),
     ),
 }
-HARD = ("dts hard", "dts parity", "stable frozen")
+HARD = ("dts hard", "dts hard lm", "dts parity", "stable frozen")
 
 
 def pair(toy, case, dtype=torch.float32):
@@ -204,6 +205,49 @@ def test_routing_is_the_same_everywhere(toy, case):
         order = torch.full(real.t().shape, -1)
         order[real.t().ne(1)] = torch.arange(int(real.ne(1).sum()))
         assert torch.equal(theirs[order.t()[real.ne(1)]], mine), name
+
+
+@pytest.mark.parametrize("case", ["switch", "topk 1", "dts hard lm", "stable"])
+@torch.no_grad()
+def test_a_token_keeps_its_experts_in_every_way(toy, case):
+    """In training, validation and step by step, in fairseq's model and in the exported one."""
+    _, task, model, ours = pair(toy, case)
+    ids = torch.randint(4, len(task.source_dictionary), (3, 7))
+    seen = []
+    gates = [layer.gate for _, layer in moe_layers(model)]
+    routers = [m for m in ours.modules() if type(m).__name__ == "Router"]
+    for module in (*gates, *routers):
+        module.register_forward_hook(lambda gate, args, plan: seen.append(plan.active))
+    for module in model.modules():
+        if isinstance(getattr(module, "p", None), float):
+            module.p = 0.0
+
+    def routed():
+        """The experts of (layer, sentence, position); the rows of a call go by position first."""
+        calls = [x.view(-1, len(ids), x.size(-1)) for x in seen]
+        layers = [torch.cat(calls[i :: len(gates)]) for i in range(len(gates))]
+        seen.clear()
+        return torch.stack(layers).transpose(1, 2)
+
+    model(ids)
+    want = routed()
+    assert want.any(-1).all() and want.float().mean((0, 1, 2)).max() < 1
+    model.train()
+    model(ids)
+    assert torch.equal(routed(), want), "fairseq, in training"
+    model.eval()
+    state = {}
+    for n in range(1, ids.size(1) + 1):
+        model.decoder(ids[:, :n], incremental_state=state)
+    assert torch.equal(routed(), want), "fairseq, step by step"
+    cache = None
+    for n in range(ids.size(1)):
+        mask = torch.ones(len(ids), n + 1)
+        cache = ours(input_ids=ids[:, n : n + 1], attention_mask=mask, cache=cache).cache
+    assert torch.equal(routed(), want), "exported, step by step"
+    ours(input_ids=ids)
+    whole = torch.stack([x.view(*ids.shape, -1) for x in seen])
+    assert torch.equal(whole, want), "exported"
 
 
 @pytest.mark.parametrize(

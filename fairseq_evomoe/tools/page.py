@@ -9,6 +9,8 @@ from typing import Any
 
 from fairseq_evomoe.tools import checkpoint
 from fairseq_evomoe.tools.cost import BYTES, per_token
+from fairseq_evomoe.tools.health import health
+from fairseq_evomoe.tools.health import summary as in_a_sentence
 from fairseq_evomoe.tools.run_log import RunLog, read_log
 from fairseq_evomoe.tools.text import read_lines
 
@@ -54,6 +56,18 @@ def summary(logs: Sequence[RunLog]) -> str:
     head = ["run", "updates", "target tokens", "seconds", "last training loss"]
     head += ["best valid loss", "active experts", "busiest / mean load", "dead experts"]
     return table(head, rows)
+
+
+SIGNS = {"good": "✓ good", "look": "? look", "bad": "✗ bad"}
+"""Verdict -> how it is shown, readable without colour."""
+
+
+def health_table(log: RunLog) -> str:
+    """Format what the log says about the health of a run: a sentence and a table."""
+    found = health(log)
+    rows = [[f.question, SIGNS[f.verdict], f.answer, f.threshold] for f in found]
+    head = ["", "verdict", "what was seen", "what would be good"]
+    return f"<p>{html.escape(in_a_sentence(found))}</p>{table(head, rows)}"
 
 
 def bleu_rows(reference: Path, hypotheses: Sequence[tuple[str, Path]]) -> str:
@@ -154,6 +168,8 @@ def sections(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         return f"<figure>{pictures.svg(figure, png=png)}</figure>"
 
     logs = [read_log(path, name) for name, path in args.log]
+    for log in logs:
+        yield f"Is the training healthy? {log.name}", health_table(log)
     if logs:
         yield "Runs", summary(logs)
         yield "Loss", picture("losses", pictures.losses(logs))

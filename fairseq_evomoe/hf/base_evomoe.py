@@ -3,6 +3,8 @@
 Letters: B sentences, L positions, P earlier positions in a cache, V vocabulary.
 """
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ class EvoMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Layer"]
+    _keep_in_fp32_modules_strict = ["row_scale", "scale1", "scale2"]
 
     def __init__(self, config: EvoMoEConfig) -> None:
         super().__init__(config)
@@ -67,6 +70,38 @@ class EvoMoEPreTrainedModel(PreTrainedModel):
             for name, p in module.named_parameters(recurse=False):
                 ones = name == "norm_weight"
                 init.ones_(p) if ones else init.normal_(p, std=std)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a configuration that names files with code has them beside it."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        here = Path(__file__)
+        # a class that was loaded from a folder with code is copied by transformers
+        if getattr(self.config, "auto_map", None) and here.parent.name == "hf":
+            for path in here.parent.glob("*_evomoe.py"):
+                shutil.copy(path, Path(save_directory) / path.name)
+        return saved
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the words are those of fairseq's dictionary.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the embeddings of this model cannot be resized: its words are those of fairseq's "
+            "dictionary, and it reads ids beyond them as the unknown word, so that a tokenizer "
+            "with more pieces needs no resizing"
+        )
+
+    def _returned(self, output: Any, return_dict: bool | None) -> Any:
+        """The output, or its values as a tuple if the caller or the configuration says so."""
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
+    def _shown(self, states: list[Tensor], wanted: bool | None) -> tuple[Tensor, ...] | None:
+        """All hidden states, if they are wanted."""
+        wanted = self.config.output_hidden_states if wanted is None else wanted
+        return tuple(states) if wanted else None
 
     def _kept(self, routings: list[Routing], wanted: bool | None) -> tuple[Any, Tensor | None]:
         """Router logits, a tuple, and the balance loss, if wanted and if there are experts."""
@@ -109,11 +144,13 @@ class Encoder(Stack):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **unused: Any,
     ) -> BaseModelOutput:
         """(B, L) -> states (B, L, D)."""
         real = real_positions(input_ids, inputs_embeds, attention_mask, self.pad)
-        return BaseModelOutput(self.run(input_ids, real, embeds=inputs_embeds)[0])
+        x, states, _ = self.run(input_ids, real, embeds=inputs_embeds)
+        return BaseModelOutput(x, hidden_states=tuple(states) if output_hidden_states else None)
 
 
 class Stacks(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_evomoe import EvoMoEConfig
-from .look_up_evomoe import OPERATIONS, HashRule, LookUp, hidden_width
+from .look_up_evomoe import OPERATIONS, HashRule, KeepsScales, LookUp, hidden_width
 from .routing_evomoe import Router, Routing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,9 +74,10 @@ class DenseFFN(nn.Module):
         return y if self.beside is None else y + self.beside(x)
 
 
-class Experts(nn.Module):
+class Experts(KeepsScales):
     """E feed-forward networks with stacked weights, which may be int8 with a scale per row."""
 
+    scales = ("scale1", "scale2")
     scale1: Tensor
     scale2: Tensor
 
@@ -159,7 +160,7 @@ class LookUpExperts(nn.Module):
 class MoELayer(nn.Module):
     """A gate and its experts. Padding is not routed; its output is 0."""
 
-    def __init__(self, config: EvoMoEConfig, width: int, vocabulary: int) -> None:
+    def __init__(self, config: EvoMoEConfig, width: int, hidden: int, vocabulary: int) -> None:
         super().__init__()
         moe = config.moe
         self.gate = Router(moe, width, vocabulary)
@@ -168,7 +169,7 @@ class MoELayer(nn.Module):
         if moe["expert_type"] == "memory":
             self.experts: nn.Module = LookUpExperts(config, width, count)
         else:
-            self.experts = Experts(config, width, moe["expert_width"], count)
+            self.experts = Experts(config, width, hidden, count)
 
     def forward(self, x: Tensor, real: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Routing]:
         """x (B, L, D) -> (B, L, D) and the routing of the real tokens.

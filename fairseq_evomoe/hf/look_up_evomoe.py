@@ -76,7 +76,8 @@ class HashRule:
         codes = torch.arange(rows.size(1), device=rows.device)
         bits = (codes[:, None] >> torch.arange(self.bits, device=rows.device)) & 1
         signs = (bits.to(linear.dtype) * 2 - 1).expand(len(linear), -1, -1)
-        return torch.baddbmm(rows, signs, linear, alpha=self.gain / self.memory["lr_scale"])
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.baddbmm(rows, signs, linear, alpha=self.gain / self.memory["lr_scale"])
 
     def __call__(
         self,
@@ -106,7 +107,26 @@ class HashRule:
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16}
 
 
-class StoredTables(nn.Module):
+class KeepsScales(nn.Module):
+    """Base class of modules with int8 weights: the scales stay float32 whatever the rest becomes.
+
+    Attributes:
+        scales: names of the scales.
+    """
+
+    scales: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As in torch."""
+        kept = {name: getattr(self, name, None) for name in self.scales}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            if before is not None:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
+
+class StoredTables(KeepsScales):
     """Base class of layers with tables, as they were trained or converted.
 
     Attributes:
@@ -114,6 +134,7 @@ class StoredTables(nn.Module):
         row_scale: (K, N) float32, the scales of int8 rows, or None.
     """
 
+    scales = ("row_scale",)
     tables: Tensor
     row_scale: Tensor | None
 
@@ -149,17 +170,32 @@ class LookUp(StoredTables):
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
         self._folded: tuple[Any, Tensor] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As in torch; folded tables are forgotten."""
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; folded tables are forgotten."""
+        self._folded = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H)."""
         tables, linear = self.tables, self.linear
-        if linear is not None and not torch.is_grad_enabled():
-            # folded once for the same parameters
-            both = (tables, linear)
-            state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in both]
-            if self._folded is None or self._folded[0] != state:
-                self._folded = (state, self.rule.fold(tables, linear))
-            return self.rule(x, self._folded[1], self.bias)
-        return self.rule(x, tables, self.bias, linear, self.row_scale)
+        if linear is None or self.training or torch.is_grad_enabled():
+            return self.rule(x, tables, self.bias, linear, self.row_scale)
+        # a tensor that was made in inference mode does not count its changes
+        if tables.is_inference() or linear.is_inference():
+            return self.rule(x, tables, self.bias, linear)
+        # folded once for the same parameters
+        state = [(p.data_ptr(), p._version) for p in (tables, linear)]
+        if self._folded is None or self._folded[0] != state:
+            self._folded = (state, self.rule.fold(tables, linear))
+        return self.rule(x, self._folded[1], self.bias)
 
 
 def build_norm(memory: dict[str, Any], width: int) -> nn.Module:

@@ -56,9 +56,10 @@ class EvoMoEForMaskedLM(EvoMoEPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         num_items_in_batch: Any = None,
+        return_dict: bool | None = None,
         **unused: Any,
-    ) -> MaskedLMOutput:
-        """Score the words of all positions: logits (B, L, V), the loss at labels (B, L)."""
+    ) -> Any:
+        """Score the words of all positions: a `MaskedLMOutput` with logits (B, L, V)."""
         real = real_positions(input_ids, inputs_embeds, attention_mask, self.config.pad_token_id)
         x, inner, routings = self.model.encoder.run(input_ids, real, embeds=inputs_embeds)
         logits = self.lm_head(x)
@@ -67,11 +68,12 @@ class EvoMoEForMaskedLM(EvoMoEPreTrainedModel):
         if labels is not None:
             unknown = self.config.unk_token_id
             loss = labels_loss(logits, labels, unknown, num_items_in_batch)
-        return MaskedLMOutput(
+        output = MaskedLMOutput(
             loss=self._with_balance(loss, aux),
             logits=logits,
-            hidden_states=tuple(inner) if output_hidden_states else None,
+            hidden_states=self._shown(inner, output_hidden_states),
         )
+        return self._returned(output, return_dict)
 
 
 class ClassificationHead(nn.Module):
@@ -117,20 +119,30 @@ class EvoMoEForSequenceClassification(EvoMoEPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
         **unused: Any,
-    ) -> SequenceClassifierOutput:
-        """Score classes: logits (B, labels); with one label it is a regression."""
+    ) -> Any:
+        """Score classes: a `SequenceClassifierOutput` with logits (B, labels).
+
+        The loss is that of `config.problem_type`: regression (by default with one label),
+        single_label_classification or multi_label_classification.
+        """
         real = real_positions(input_ids, inputs_embeds, attention_mask, self.config.pad_token_id)
         x, inner, routings = self.model.encoder.run(input_ids, real, embeds=inputs_embeds)
         logits = self.classifier(x)
         _, aux = self._kept(routings, output_router_logits)
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(
+        loss = None if labels is None else self._loss(logits, labels)
+        output = SequenceClassifierOutput(
             loss=self._with_balance(loss, aux),
             logits=logits,
-            hidden_states=tuple(inner) if output_hidden_states else None,
+            hidden_states=self._shown(inner, output_hidden_states),
         )
+        return self._returned(output, return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.problem_type
+        if kind == "regression" or (kind is None and self.config.num_labels == 1):
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        if kind == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)

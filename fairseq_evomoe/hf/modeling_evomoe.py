@@ -82,6 +82,8 @@ class _Generates(EvoMoEPreTrainedModel, GenerationMixin):
 
     def _new_cache(self, cache: Cache | None, use_cache: bool | None) -> Any:
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("static caches are not supported: leave out cache_implementation")
         if cache is not None or not use_cache:
             return cache
         if not self.config.is_encoder_decoder:
@@ -133,9 +135,13 @@ class EvoMoEForConditionalGeneration(_Generates):
         output_router_logits: bool | None = None,
         ids_before: Tensor | None = None,
         num_items_in_batch: Any = None,
+        return_dict: bool | None = None,
         **unused: Any,
-    ) -> Seq2SeqMoEOutput:
-        """Score target words: logits (B, L, V), and the loss if there are labels (B, L)."""
+    ) -> Any:
+        """Score target words: logits (B, L, V), and the loss if there are labels (B, L).
+
+        The output is a `Seq2SeqMoEOutput`.
+        """
         pad, decoder = self.config.pad_token_id, self.model.decoder
         source: list[Routing] = []
         states: list[Tensor] = []
@@ -170,18 +176,19 @@ class EvoMoEForConditionalGeneration(_Generates):
             unknown = self.config.unk_token_id
             loss = labels_loss(logits, labels, unknown, num_items_in_batch)
         split = len(source)
-        return Seq2SeqMoEOutput(
+        output = Seq2SeqMoEOutput(
             loss=self._with_balance(loss, aux),
             logits=logits,
             encoder_aux_loss=None,
             decoder_aux_loss=aux,
             cache=cache,
             encoder_last_hidden_state=over,
-            encoder_hidden_states=tuple(states) if output_hidden_states else None,
-            decoder_hidden_states=tuple(inner) if output_hidden_states else None,
+            encoder_hidden_states=self._shown(states, output_hidden_states),
+            decoder_hidden_states=self._shown(inner, output_hidden_states),
             encoder_router_logits=router_logits and router_logits[:split],
             decoder_router_logits=router_logits and router_logits[split:],
         )
+        return self._returned(output, return_dict)
 
 
 class EvoMoEForCausalLM(_Generates):
@@ -216,9 +223,12 @@ class EvoMoEForCausalLM(_Generates):
         logits_to_keep: int | Tensor = 0,
         ids_before: Tensor | None = None,
         num_items_in_batch: Any = None,
+        return_dict: bool | None = None,
         **unused: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> Any:
         """Score the next words: logits (B, L, V), and the loss if there are labels (B, L).
+
+        The output is a `MoeCausalLMOutputWithPast`.
 
         Args:
             labels: the ids of the text itself; a position is scored by the one before it.
@@ -240,11 +250,12 @@ class EvoMoEForCausalLM(_Generates):
         if labels is not None:
             unknown = self.config.unk_token_id
             loss = labels_loss(logits[:, :-1], labels[:, 1:], unknown, num_items_in_batch)
-        return MoeCausalLMOutputWithPast(
+        output = MoeCausalLMOutputWithPast(
             loss=self._with_balance(loss, aux),
             aux_loss=aux,
             logits=logits,
             cache=cache,
-            hidden_states=tuple(inner) if output_hidden_states else None,
+            hidden_states=self._shown(inner, output_hidden_states),
             router_logits=router_logits,
         )
+        return self._returned(output, return_dict)

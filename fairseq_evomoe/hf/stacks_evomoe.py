@@ -134,13 +134,13 @@ class Layer(GradientCheckpointingLayer):
             self.encoder_attn_layer_norm = nn.LayerNorm(width)
         kind = about["ffn"]
         if kind == "moe":
-            self.moe_layer = MoELayer(config, width, side["vocabulary"])
+            self.moe_layer = MoELayer(config, width, about["ffn_width"], side["vocabulary"])
         elif kind == "memory":
             self.memory_ffn: nn.Module = LookUpFFN(config, width)
         elif kind == "beside":
-            self.memory_ffn = DenseFFN(config, width, side["ffn_width"], beside=True)
+            self.memory_ffn = DenseFFN(config, width, about["ffn_width"], beside=True)
         else:
-            self.ffn = DenseFFN(config, width, side["ffn_width"], beside=False)
+            self.ffn = DenseFFN(config, width, about["ffn_width"], beside=False)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(
@@ -305,7 +305,8 @@ class Stack(nn.Module):
                     f"ones as ids_before, (batch, {self.ngrams.length - 1})"
                 )
             if before is not None:
-                rows = real[:, :past][:, -before.size(1) :]
+                # real ones, of which there may be fewer than the tables read
+                rows = F.pad(real[:, :past], (before.size(1), 0))[:, -before.size(1) :]
                 before = self.known(before).masked_fill(~rows, self.pad)
             x = x + self.ngrams(ids, before).to(x.dtype)
         x = F.dropout(x, self.dropout, training=self.training)

@@ -135,6 +135,7 @@ def _gpt2(model: Any, words: Any) -> Converted:
     ):
         have = getattr(config, name)
         need(have == usual, f"{name} {have}", f"fairseq's decoder has {usual}")
+    need(words.eos_token is not None, "the tokenizer", "it has no eos_token, which fairseq needs")
     dictionary, rows = _dictionary(words, config.vocab_size, {"</s>": words.eos_token})
     parts = model.transformer
     state = {
@@ -192,6 +193,8 @@ def _marian(model: Any, words: Any, languages: tuple[str, str], *, drop_bias: bo
         "fairseq's output layer has no bias; --drop-logits-bias leaves it out, which further "
         "training has to make good",
     )
+    for name in ("eos_token", "unk_token", "pad_token"):
+        need(getattr(words, name) is not None, "the tokenizer", f"it has no {name}")
     special = {"</s>": words.eos_token, "<unk>": words.unk_token, "<pad>": words.pad_token}
     dictionary, rows = _dictionary(words, config.vocab_size, special)
     shared = _rows(model.model.shared.weight, rows)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_evomoe.config import MoEConfig, SplitConfig
+from fairseq_evomoe.modules.gates import GATES
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.plan import Phase
 from fairseq_evomoe.modules.split import Split, SplitRule
@@ -239,14 +240,15 @@ def upcycle(
 
 def run(args: argparse.Namespace) -> None:
     refuse_existing(args.output)
-    if args.from_hf:
-        _convert(args)
     moe = MoEConfig.from_args(args)
     rule = SplitRule.from_flags(args)
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: must be a number > 0")
     if not (moe.moe_freq or moe.encoder_moe_freq or moe.decoder_moe_freq):
         moe.moe_freq = 2
+    if args.from_hf:
+        moe.check(GATES)
+        _convert(args)
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}
     flags["moe_gate_token_bias"] = moe.token_bias
     source = args.dense if args.from_hf else args.checkpoint

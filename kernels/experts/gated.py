@@ -47,7 +47,9 @@ def gated_ffn(x: Tensor, experts: GatedWeights, pairs: Pairs, *, activation: Act
         (T, D). Differentiable in x, the experts' weights and the combine weights.
     """
     weight, token, counts = pairs
-    return _GatedFFN.apply(x, *experts, weight.to(x.dtype), token, tuple(counts), activation)
+    leaves = (x, *experts, weight)
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    return _GatedFFN.apply(x, *experts, weight.to(x.dtype), token, tuple(counts), activation, keeps)
 
 
 BLOCK = 192
@@ -93,9 +95,9 @@ class _GatedFFN(torch.autograd.Function):
         token: Tensor,
         counts: tuple[int, ...],
         activation: Activation,
+        keeps: bool,
     ) -> Tensor:
         y, hidden = torch.zeros_like(x), down.size(2)
-        keeps = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for block, experts in _blocks(counts):
             rows = x.index_select(0, token[block])
@@ -143,7 +145,7 @@ class _GatedFFN(torch.autograd.Function):
                     torch.mm(dboth[s], gate_up[e], out=drows[s])
             if needs[0]:
                 dx.index_add_(0, token[block], drows)
-        return dx, dgate_up, dgate_up_bias, ddown, ddown_bias, dweight, None, None, None
+        return dx, dgate_up, dgate_up_bias, ddown, ddown_bias, dweight, None, None, None, None
 
 
 def _blank(stacked: Tensor, counts: Sequence[int]) -> Tensor:

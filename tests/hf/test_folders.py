@@ -88,6 +88,12 @@ target = torch.tensor([[2, 5, 6], [2, 7, 8]])
 more = dict(decoder_input_ids=target) if "Seq2Seq" in {auto!r} else dict()
 torch.save(model(input_ids=ids, **more).logits, {out!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r}{trust})
+# saved and loaded once more, and generation, by the same code
+model.save_pretrained({out!r} + "-again")
+again = Auto.from_pretrained({out!r} + "-again"{trust})
+assert torch.equal(again(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits)
+if hasattr(again, "lm_head") and "Masked" not in {auto!r}:
+    assert again.generate(ids[:, :3], max_new_tokens=3).size(1) > 1
 print(type(model).__module__, tokenizer("the dog").input_ids)
 """
 
@@ -128,6 +134,9 @@ def test_it_loads_where_there_is_no_fairseq(family, with_code, folders, checkpoi
     have = torch.load(tmp_path / "logits.pt")
     torch.testing.assert_close(have[real], want[real], rtol=1e-5, atol=1e-5)
     words = task.source_dictionary.encode_line("the dog", append_eos=False, add_if_not_exist=False)
+    if family == "mlm" and not with_code:
+        pair = AutoTokenizer.from_pretrained(folder)("the", "dog").input_ids
+        assert [i for i in pair if i <= 2] == [0, 2, 2, 2]
     around = {"translation": ([], [2]), "lm": ([2], []), "mlm": ([0], [2])}[family]
     assert str([*around[0], *words.tolist(), *around[1]]) in said
 
@@ -143,6 +152,44 @@ def test_the_way_back_is_exact(family, folders, checkpoints, tmp_path):
         assert value.dtype == after["model"][name].dtype
         assert torch.equal(value, after["model"][name]), name
     assert after["cfg"] == before["cfg"]
+
+
+@pytest.mark.parametrize("kind", ["tables int8", "tables bf16", "experts int8", "half"])
+def test_the_way_back_of_small_dtypes_is_exact(kind, toy, tmp_path):
+    """Language models, whose flags are a dictionary, with converted and with half weights."""
+    flags = ("--moe-freq", 1, "--moe-gate", "switch")
+    if "tables" in kind:
+        flags = ("--moe-freq", 0, "--memory-ffn", "--memory-attention", "--memory-bits", 4)
+        flags = (*flags, "--memory-ngram", 2, "--memory-score", "l1", "--memory-linear")
+    train(*train_args(toy, tmp_path, "--max-update", 2, *flags, family="lm"))
+    path = tmp_path / "checkpoint_last.pt"
+    if kind == "half":
+        state = torch.load(path, weights_only=False)
+        half = {n: v.half() if v.dtype == torch.float32 else v for n, v in state["model"].items()}
+        torch.save({**state, "model": half}, path)
+    else:
+        what, dtype = kind.split()
+        small = tmp_path / "small.pt"
+        export.main([str(path), "--output", str(small), f"--{what}", dtype])
+        path = small
+    export.main([str(path), "--output", str(tmp_path / "out"), "--format", "hf"])
+    export.main([str(tmp_path / "out"), "--output", str(tmp_path / "back.pt")])
+    before, after = (torch.load(p, weights_only=False) for p in (path, tmp_path / "back.pt"))
+    for name, value in before["model"].items():
+        assert value.dtype == after["model"][name].dtype, name
+        assert torch.equal(value, after["model"][name]), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_translation_is_no_longer_than_the_positions(toy, tmp_path):
+    """As in fairseq-generate; a model that cannot end a sentence stops there."""
+    flags = ("--decoder-learned-pos", "--max-target-positions", 20, "--max-update", 1)
+    train(*train_args(toy, tmp_path, *flags))
+    path = tmp_path / "checkpoint_last.pt"
+    export.main([str(path), "--output", str(tmp_path / "out"), "--format", "hf"])
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.max_length == 21
+    assert model.generate(torch.tensor([[5, 6, 7, 2]])).size(1) <= 21
 
 
 def test_the_translations_are_those_of_fairseq_generate(folders, checkpoints, toy):
@@ -289,6 +336,9 @@ def test_wrong_calls_are_refused(checkpoints, toy, tmp_path, capsys):
         ),
         ((str(toy), *out, "--from-hf"), "fairseq.json"),
         ((source, *out, "--format", "nllb-moe"), "--task"),
+        ((source, *out, "--format", "hf", "--beam", "0"), "--beam 0"),
+        ((source, *out, "--format", "hf", "--max-len-b", "-5"), "--max-len-b -5"),
+        ((source, *out, "--format", "hf", "--shard-size", "abc"), "--shard-size abc"),
     ):
         with pytest.raises(SystemExit):
             export.main(list(arguments))

@@ -4,13 +4,18 @@ import fairseq_evomoe.hf  # noqa: F401  # before transformers; see there
 
 # isort: split
 
+import copy
+
 import pytest
 import torch
 from conftest import build
+from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from fairseq_evomoe.hf.configuration_evomoe import EvoMoEMaskedLMConfig
 from fairseq_evomoe.hf.feed_forward_evomoe import run_experts
-from fairseq_evomoe.hf.look_up_evomoe import OPERATIONS, look_up
+from fairseq_evomoe.hf.look_up_evomoe import OPERATIONS, LookUp, look_up
+from fairseq_evomoe.hf.masked_lm_evomoe import EvoMoEForSequenceClassification
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.plan import Phase
 from fairseq_evomoe.schedule import Stage
@@ -71,6 +76,9 @@ CASES = {
         "translation",
         ("--moe-freq", 0, "--memory-ngram", 3, "--memory-out-proj", "dense", *WHOLE[3:]),
     ),
+    "n-grams of 4": ("lm", ("--moe-freq", 0, "--memory-ngram", 4)),
+    "two widths": ("translation", (*EVERY, "--decoder-ffn-embed-dim", 48)),
+    "narrow base expert": ("lm", ("--moe-freq", 2, "--moe-expert-ffn-dim", 48)),
     "widths": (
         "lm",
         (*EVERY, "--decoder-input-dim", 16, "--decoder-output-dim", 16, "--activation-fn", "gelu"),
@@ -89,7 +97,7 @@ def pair(toy, case, dtype=torch.float32):
         # as in a checkpoint, whose stage no schedule decides any more
         layer.timeline.schedule = None
         layer.timeline.saved = soft
-        if case == "base expert alone":
+        if case in ("base expert alone", "narrow base expert"):
             layer.timeline.saved = Phase(stage=Stage.DIVERSIFY, temperature=2.0, anneal_left=1.0)
         elif case in HARD:
             layer.timeline.saved = Phase(stage=Stage.HARD, temperature=0.3)
@@ -251,7 +259,7 @@ def test_a_token_keeps_its_experts_in_every_way(toy, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["dts soft", "switch", "gshard pre-norm", "memoryformer", "n-grams"]
+    "case", ["dts soft", "switch", "gshard pre-norm", "memoryformer", "n-grams", "n-grams of 4"]
 )
 @torch.no_grad()
 def test_a_cache_changes_nothing(toy, case):
@@ -312,3 +320,78 @@ def test_ids_beyond_the_dictionary_are_unknown_words(toy):
     with torch.no_grad():
         want = ours(input_ids=torch.tensor([[2, 3, 5]])).logits
         torch.testing.assert_close(ours(input_ids=torch.tensor([[2, words + 7, 5]])).logits, want)
+
+
+@torch.no_grad()
+def test_folded_tables_follow_the_weights(toy):
+    """After autocast, in-place changes with a new mode, another dtype, a copy and a pickle."""
+    _, task, _, ours = pair(toy, "memoryformer")
+    ids = text(task)
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    before = ours(**given).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(**given)
+    assert torch.equal(ours(**given).logits, before)
+    layer = next(m for m in ours.modules() if isinstance(m, LookUp))
+    assert layer._folded is not None and copy.deepcopy(layer)._folded is None
+    layer.tables.data.mul_(2)
+    changed = ours.eval()(**given).logits
+    assert not torch.equal(changed, before)
+    layer.tables.mul_(0.5)
+    torch.testing.assert_close(ours(**given).logits, before)
+    with torch.inference_mode():
+        layer.tables = torch.nn.Parameter(layer.tables * 1)
+        layer.linear = torch.nn.Parameter(layer.linear * 1)
+        torch.testing.assert_close(ours(**given).logits, before)
+        layer.tables.mul_(2)
+        torch.testing.assert_close(ours(**given).logits, changed)
+
+
+@pytest.mark.parametrize("case", ["memoryformer int8", "int8 experts"])
+def test_scales_stay_float32(toy, case, tmp_path):
+    """In half precision, and when a folder is loaded in it."""
+    _, _, _, ours = pair(toy, case)
+    ours.save_pretrained(tmp_path)
+    for model in (type(ours).from_pretrained(tmp_path, dtype=torch.bfloat16), ours.half()):
+        scales = {n: b.dtype for n, b in model.named_buffers() if "scale" in n}
+        assert scales and set(scales.values()) == {torch.float32}
+        assert model.lm_head.weight.dtype != torch.float32
+
+
+def test_what_transformers_asks_for(toy):
+    """Tuples, hidden states by argument and by configuration; what cannot be is refused."""
+    _, task, _, ours = pair(toy, "gshard pre-norm")
+    ids = text(task)
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    whole = ours(**given, output_hidden_states=True)
+    assert len(whole.encoder_hidden_states) == len(whole.decoder_hidden_states) == 3
+    assert isinstance(ours(**given, return_dict=False), tuple)
+    assert ours(**given).decoder_hidden_states is None
+    ours.config.output_hidden_states = True
+    assert ours(**given).decoder_hidden_states is not None
+    with pytest.raises(ValueError, match="cannot be resized"):
+        ours.resize_token_embeddings(7)
+    with pytest.raises(ValueError, match="static caches"):
+        ours.generate(ids, cache_implementation="static", max_new_tokens=2)
+
+
+def test_a_classifier_has_the_losses_of_transformers(toy):
+    """Of one class, of several, and of a number."""
+    config = EvoMoEMaskedLMConfig(
+        **describe_of(toy, "mlm").to_dict() | {"tied": None, "num_labels": 3}
+    )
+    ids = torch.tensor([[0, 9, 8, 2], [0, 6, 2, 1]])
+    for kind, labels, loss in (
+        ("single_label_classification", torch.tensor([0, 2]), F.cross_entropy),
+        ("multi_label_classification", torch.ones(2, 3), F.binary_cross_entropy_with_logits),
+        ("regression", torch.zeros(2, 3), F.mse_loss),
+    ):
+        config.problem_type = kind
+        output = EvoMoEForSequenceClassification(config).eval()(input_ids=ids, labels=labels)
+        torch.testing.assert_close(output.loss, loss(output.logits, labels))
+
+
+def describe_of(toy, family):
+    """The configuration of a dense model."""
+    cfg, _, model = build(toy, "--moe-freq", 0, family=family)
+    return describe(model, cfg.model, 0.0)

@@ -83,12 +83,19 @@ def test_what_needs_no_gradient_gets_none(frozen):
         torch.testing.assert_close(leaves[name].grad, want[name])
 
 
+@pytest.mark.parametrize("leaves", [True, False])
 @torch.no_grad()
-def test_inference_keeps_its_input():
+def test_inference_keeps_its_input(leaves, monkeypatch):
     """Without gradients steps run in place, but never in the caller's tensors."""
     x, weights, pairs = case(torch.float32, biased=False)
+    if not leaves:
+        for tensor in (x, pairs.weight, weights.gate_up, weights.down):
+            tensor.requires_grad_(False)
+    in_place, original = [], torch.Tensor.mul_
+    monkeypatch.setattr(torch.Tensor, "mul_", lambda *a: in_place.append(1) or original(*a))
     before = [t.clone() for t in (x, pairs.weight, weights.gate_up, weights.down)]
     have = gated_ffn(x, weights, pairs, activation=lambda z: z)
     torch.testing.assert_close(have, reference(x, weights, pairs, lambda z: z))
+    assert in_place
     for one, other in zip(before, (x, pairs.weight, weights.gate_up, weights.down), strict=True):
         assert torch.equal(one, other)

@@ -23,6 +23,7 @@ from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.plan import Phase
 from fairseq_evomoe.schedule import Stage
+from fairseq_evomoe.tools.checkpoint import built
 
 CONFIGS = {
     TransformerModel: EvoMoETranslationConfig,
@@ -80,8 +81,11 @@ def describe(model: nn.Module, flags: Any, balance: float) -> EvoMoEConfig:
     activation = str(cfg.activation_fn)
     if activation not in ACTIVATIONS:
         refuse(f"--activation-fn {activation}", f"which is none of {', '.join(ACTIVATIONS)}")
-    memory = MemoryConfig.from_args(flags)
-    sides = {name: _stack(name, stack, phase) for name, stack in stacks.items()}
+    memory = MemoryConfig.from_args(built(flags))
+    sides = {
+        name: _stack(stack, phase, cross=name == "decoder" and len(stacks) == 2)
+        for name, stack in stacks.items()
+    }
     config = family(
         **{f"{name}_stack": side for name, side in sides.items()},
         moe=_moe(model, phase),
@@ -113,7 +117,7 @@ def _words(model: nn.Module, last: Any) -> int:
     return last.output_projection.weight.size(0)
 
 
-def _stack(side: str, stack: Any, phase: Phase | None) -> dict[str, Any]:
+def _stack(stack: Any, phase: Phase | None, *, cross: bool) -> dict[str, Any]:
     embedding = stack.embed_tokens
     if type(embedding) is not nn.Embedding:
         refuse(
@@ -130,7 +134,6 @@ def _stack(side: str, stack: Any, phase: Phase | None) -> dict[str, Any]:
     projects_out = getattr(stack, "project_out_dim", None)
     return {
         "width": width,
-        "ffn_width": max(_ffn_width(layer) for layer in layers),
         "heads": layers[0].self_attn.num_heads,
         "vocabulary": embedding.num_embeddings,
         "input_width": embedding.embedding_dim,
@@ -141,7 +144,7 @@ def _stack(side: str, stack: Any, phase: Phase | None) -> dict[str, Any]:
         "norm_embedding": stack.layernorm_embedding is not None,
         "positions": 0 if positions is None else _positions(stack, positions),
         "learned_positions": learned,
-        "layers": [_layer(side, layer, phase) for layer in layers],
+        "layers": [_layer(layer, phase, cross=cross) for layer in layers],
     }
 
 
@@ -159,12 +162,14 @@ def _ffn_width(layer: Any) -> int:
     return bank.hidden if isinstance(bank, ExpertBank) else 0
 
 
-def _layer(side: str, layer: Any, phase: Phase | None) -> dict[str, str]:
+def _layer(layer: Any, phase: Phase | None, *, cross: bool) -> dict[str, Any]:
     if type(layer).__name__ == "BaseLayer":
         refuse("--base-layers", "fairseq's own BASE layers, which have no counterpart")
     attention = layer.self_attn
     if attention.bias_k is not None or attention.add_zero_attn:
         refuse("biases of keys and values", "which have no counterpart")
+    if cross and layer.encoder_attn is None:
+        refuse("--no-cross-attention", "which has no counterpart")
     kind = "dense"
     if hasattr(layer, "moe_layer"):
         kind = "moe"
@@ -173,7 +178,11 @@ def _layer(side: str, layer: Any, phase: Phase | None) -> dict[str, str]:
     elif hasattr(layer, "memory_ffn"):
         kind = "memory" if isinstance(layer.memory_ffn, MemoryFFN) else "beside"
     looks_up = isinstance(attention, MemoryAttention)
-    return {"attention": "memory" if looks_up else "linear", "ffn": kind}
+    return {
+        "attention": "memory" if looks_up else "linear",
+        "ffn": kind,
+        "ffn_width": _ffn_width(layer),
+    }
 
 
 def _moe(model: nn.Module, phase: Phase | None) -> dict[str, Any] | None:
@@ -189,7 +198,6 @@ def _moe(model: nn.Module, phase: Phase | None) -> dict[str, Any] | None:
         "gate": cfg.moe_gate,
         "experts": cfg.moe_expert_count,
         "expert_type": str(cfg.moe_expert_type),
-        "expert_width": layer.experts.hidden,
         "shared": layer.experts.shared,
         "storage": str(cfg.moe_expert_storage),
         "balance_bias": cfg.moe_balance_bias,

@@ -67,7 +67,7 @@ def configure(config: Any) -> NllbMoeConfig:
         need(not side["norm_embedding"], "--layernorm-embedding", "NllbMoe has no such part")
         need(side["width"] == encoder["width"], f"--{name}-embed-dim", "NllbMoe has one width")
         need(
-            side["ffn_width"] == moe["expert_width"],
+            len({layer["ffn_width"] for layer in side["layers"]}) == 1,
             "--moe-expert-ffn-dim",
             "experts of NllbMoe are as wide as the dense networks",
         )
@@ -85,8 +85,8 @@ def configure(config: Any) -> NllbMoeConfig:
         decoder_layers=len(decoder["layers"]),
         encoder_attention_heads=encoder["heads"],
         decoder_attention_heads=decoder["heads"],
-        encoder_ffn_dim=encoder["ffn_width"],
-        decoder_ffn_dim=decoder["ffn_width"],
+        encoder_ffn_dim=encoder["layers"][0]["ffn_width"],
+        decoder_ffn_dim=decoder["layers"][0]["ffn_width"],
         encoder_sparse_step=_step(encoder),
         decoder_sparse_step=_step(decoder),
         max_position_embeddings=max(encoder["positions"], decoder["positions"]),
@@ -161,6 +161,7 @@ def export(source: Path, folder: Path, options: Options) -> float:
         FileExistsError: `folder` exists.
         ValueError: NllbMoe has no such model, or the two models differ; nothing is written.
     """
+    options.check()
     checkpoint = load(source)
     model, _, task = build(source, options.data)
     model.eval()

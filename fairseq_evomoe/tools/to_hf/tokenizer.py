@@ -22,6 +22,13 @@ TEMPLATES = {
 }
 """Model type -> what surrounds a text, as fairseq's tasks have it."""
 
+PAIRS = {
+    "evomoe_translation": "$B {eos}",
+    "evomoe_lm": "{eos} $B",
+    "evomoe_mlm": "{eos} $B {eos}",
+}
+"""What follows for a second text."""
+
 MASK = "<mask>"
 
 
@@ -68,7 +75,8 @@ def build(dictionary: Any, pieces: Path | None, model_type: str, positions: int)
     template = TEMPLATES[model_type].format(**special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template,
-        pair=f"{template} {template.replace('$A', '$B').removeprefix(special['bos'] + ' ')}",
+        # two texts have two separators between them, as in fairseq's RoBERTa
+        pair=f"{template} {PAIRS[model_type].format(**special)}",
         special_tokens=[(word, dictionary.index(word)) for word in special.values()],
     )
     more = {}

@@ -1,7 +1,8 @@
 """Write a checkpoint as a folder for transformers: model, tokenizer, card and the way back."""
 
+import copy
 import json
-import shutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
-from fairseq_evomoe import hf
 from fairseq_evomoe.hf.base_evomoe import EvoMoEPreTrainedModel
 from fairseq_evomoe.hf.masked_lm_evomoe import (
     EvoMoEForMaskedLM,
@@ -30,7 +30,6 @@ from fairseq_evomoe.tools.to_hf.weights import contiguous, to_hf
 WAY_BACK, REST = "fairseq.json", "fairseq_rest.safetensors"
 FORMAT = "fairseq_evomoe for transformers 1"
 KEPT = ("args", "cfg", "optimizer_history", "task_state")
-CODE = "*_evomoe.py"
 CLASSES: dict[str, dict[str, type[EvoMoEPreTrainedModel]]] = {
     "evomoe_translation": {"AutoModelForSeq2SeqLM": EvoMoEForConditionalGeneration},
     "evomoe_lm": {"AutoModelForCausalLM": EvoMoEForCausalLM},
@@ -65,6 +64,25 @@ class Options:
     shard_size: str = "5GB"
     scores: list[str] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Refuse values that cannot work, before anything is read.
+
+        Raises:
+            ValueError: the message names the flag and the fix.
+        """
+        for ok, flag, fix in (
+            (len(self.sentencepiece) <= 2, "--sentencepiece", "give one model, or one per side"),
+            (self.beam >= 1, f"--beam {self.beam}", "give 1 or more"),
+            (self.max_len_b >= 1, f"--max-len-b {self.max_len_b}", "give 1 or more"),
+            (
+                re.fullmatch(r"[1-9]\d*[KMGT]I?B", self.shard_size.upper()),
+                f"--shard-size {self.shard_size}",
+                "give a size such as 500MB or 5GB",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"{flag}: {fix}")
+
 
 def export(source: Path, folder: Path, options: Options) -> float:
     """Write the folder, and return the largest difference of logits from fairseq's model.
@@ -73,8 +91,7 @@ def export(source: Path, folder: Path, options: Options) -> float:
         FileExistsError: `folder` exists.
         ValueError: the model has no counterpart, or the two models differ; nothing is written.
     """
-    if len(options.sentencepiece) > 2:
-        raise ValueError("--sentencepiece: give one model, or one for source and one for target")
+    options.check()
     checkpoint = load(source)
     model, cfg, task = build(source, options.data)
     model.eval()
@@ -137,8 +154,8 @@ def difference(model: nn.Module, ours: Any, model_type: str, limit: float = 1e-4
     first = torch.randint(4, words, (4, 11), generator=generator)
     first[1, 6:] = first[2, 3:] = pad
     real = first.ne(pad)
-    stored = ours.dtype
-    ours = ours.float()
+    # a copy, since float32 would also become the dtype of what is saved
+    ours = copy.deepcopy(ours).float()
     if model_type == "evomoe_translation":
         second = torch.randint(4, ours.config.vocab_size, (4, 9), generator=generator)
         second[:, 0] = eos
@@ -153,7 +170,6 @@ def difference(model: nn.Module, ours: Any, model_type: str, limit: float = 1e-4
         real = torch.ones(len(first), dtype=torch.bool)
     else:
         want, have = model(first)[0], ours(input_ids=first).logits
-    ours.to(stored)
     want, have = want[real].float(), have[real].float()
     found = float((want - have).abs().max())
     if not found <= limit * max(1.0, float(want.abs().max())):
@@ -171,8 +187,6 @@ def _save_model(ours: Any, folder: Path, options: Options) -> None:
         config.auto_map = {"AutoConfig": f"configuration_evomoe.{type(config).__name__}"}
         for auto, cls in CLASSES[config.model_type].items():
             config.auto_map[auto] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
-        for path in Path(hf.__file__).parent.glob(CODE):
-            shutil.copy(path, folder / path.name)
     if config.model_type != "evomoe_mlm":
         ours.generation_config = generation(config, options)
     ours.save_pretrained(folder, max_shard_size=options.shard_size)
@@ -194,11 +208,17 @@ def generation(config: Any, options: Options) -> GenerationConfig:
         length_penalty=options.lenpen,
         early_stopping=True,
         # fairseq counts neither the start nor the end of the sentence, and forces the end
-        max_new_tokens=options.max_len_b + 1,
+        max_length=_longest(config, options) + 2,
         forced_eos_token_id=config.eos_token_id,
-        min_new_tokens=1,
+        min_length=2,
         **common,
     )
+
+
+def _longest(config: Any, options: Options) -> int:
+    """Largest number of words of a translation, which the decoder's positions limit."""
+    positions = config.decoder_stack["positions"]
+    return min(options.max_len_b, positions - 1) if positions else options.max_len_b
 
 
 def save_tokenizers(task: Any, config: Any, folder: Path, options: Options) -> None:

@@ -10,6 +10,7 @@ The package's kernels compute experts and look-ups. Nothing in here imports fair
 
 import importlib
 import sys
+from typing import Any
 
 
 def _hide_broken_torchaudio() -> None:
@@ -55,6 +56,7 @@ from fairseq_evomoe.hf.modeling_evomoe import (  # noqa: E402
 )
 
 __all__ = [
+    "AUTO_CLASSES",
     "EvoMoEConfig",
     "EvoMoEForCausalLM",
     "EvoMoEForConditionalGeneration",
@@ -65,13 +67,19 @@ __all__ = [
     "EvoMoETranslationConfig",
 ]
 
-for _auto, _config, _model in (
-    (AutoModelForSeq2SeqLM, EvoMoETranslationConfig, EvoMoEForConditionalGeneration),
-    (AutoModelForCausalLM, EvoMoELanguageModelConfig, EvoMoEForCausalLM),
-    (AutoModelForMaskedLM, EvoMoEMaskedLMConfig, EvoMoEForMaskedLM),
-    (AutoModelForSequenceClassification, EvoMoEMaskedLMConfig, EvoMoEForSequenceClassification),
-):
+AUTO_CLASSES: dict[Any, dict[Any, Any]] = {
+    EvoMoETranslationConfig: {AutoModelForSeq2SeqLM: EvoMoEForConditionalGeneration},
+    EvoMoELanguageModelConfig: {AutoModelForCausalLM: EvoMoEForCausalLM},
+    EvoMoEMaskedLMConfig: {
+        AutoModelForMaskedLM: EvoMoEForMaskedLM,
+        AutoModelForSequenceClassification: EvoMoEForSequenceClassification,
+    },
+}
+"""Configuration -> transformers' classes that find a model of ours; the first is the usual one."""
+
+for _config, _models in AUTO_CLASSES.items():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    _auto.register(_config, _model, exist_ok=True)
+    for _auto, _model in _models.items():
+        _auto.register(_config, _model, exist_ok=True)
 kernels.install()
 experts.register()

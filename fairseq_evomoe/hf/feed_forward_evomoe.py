@@ -27,6 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """fairseq's names of activations."""
 
 
+def widened(
+    matrix: Tensor, scale: Tensor | None, experts: int | slice, dtype: torch.dtype
+) -> Tensor:
+    """The matrices of one expert or of several; int8 ones as numbers of `dtype`."""
+    if scale is None:
+        return matrix[experts]
+    return (matrix[experts] * scale[experts][..., None]).to(dtype)
+
+
 def run_experts(
     x: Tensor,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -34,19 +43,24 @@ def run_experts(
     *,
     activation: Callable[[Tensor], Tensor],
     dropout: float = 0.0,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return sum_e weight_te FFN_e(x_t) over the active pairs: x (T, D) -> (T, D).
 
     Args:
         weights: w1 (E, F, D), b1 (E, F), w2 (E, D, F), b2 (E, D).
+        scales: of the rows of int8 matrices, (E, F) and (E, D) float32, or None.
     """
     w1, b1, w2, b2 = weights
+    first, second = scales or (None, None)
     y = torch.zeros_like(x)
     for e in range(len(w1)):
         rows = routing.active[:, e].nonzero().squeeze(1)
-        h = activation(F.linear(x[rows], w1[e], b1[e]))
+        h = activation(F.linear(x[rows], widened(w1, first, e, x.dtype), b1[e]))
         h = F.dropout(h, dropout, training=dropout > 0)
-        out = F.linear(h, w2[e], b2[e]) * routing.weights[rows, e, None].to(x.dtype)
+        out = F.linear(h, widened(w2, second, e, x.dtype), b2[e]) * routing.weights[
+            rows, e, None
+        ].to(x.dtype)
         y = y.index_add(0, rows, out.to(y.dtype))
     return y
 
@@ -97,17 +111,13 @@ class Experts(KeepsScales):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, D) -> (T, D)."""
-        w1: Any = self.w1
-        w2: Any = self.w2
-        if self.is_int8:
-            w1 = (w1 * self.scale1[..., None]).to(x.dtype)
-            w2 = (w2 * self.scale2[..., None]).to(x.dtype)
         return OPERATIONS["experts"](
             x,
-            (w1, self.b1, w2, self.b2),
+            (self.w1, self.b1, self.w2, self.b2),
             routing,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
+            scales=(self.scale1, self.scale2) if self.is_int8 else None,
         )
 
 

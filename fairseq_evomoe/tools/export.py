@@ -36,7 +36,8 @@ from fairseq_evomoe.tools.checkpoint import (
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "fairseq_evomoe checkpoint 1"
-_KEPT = ("args", "cfg", "optimizer_history", "task_state")
+HF_ONLY = ("with_code", "scores")
+HF_AND_NLLB = ("data", "sentencepiece", "beam", "lenpen", "max_len_b", "shard_size")
 
 
 def _safetensors() -> Any:
@@ -72,7 +73,7 @@ def export(source: Path, folder: Path) -> None:
         "format": FORMAT,
         "order": list(checkpoint["model"]),
         "tied": tied,
-        **{k: json_values.encode(checkpoint[k]) for k in _KEPT if k in checkpoint},
+        **json_values.kept(checkpoint),
     }
     with in_place_of(folder) as partial:
         partial.mkdir()
@@ -90,11 +91,8 @@ def restore(folder: Path) -> dict[str, Any]:
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}; it was not written by evomoe-export")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = json_values.read(folder / CONFIG)
+    if config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG} is not of format {FORMAT!r}")
     tensors = safetensors.load_file(folder / WEIGHTS)
     tied = config["tied"]
@@ -104,8 +102,7 @@ def restore(folder: Path) -> dict[str, Any]:
         if origin not in tensors:
             raise ValueError(f"{folder / WEIGHTS} lacks {origin}")
         model[name] = tensors[origin]
-    checkpoint = {k: json_values.decode(config[k]) for k in _KEPT if k in config}
-    return {**checkpoint, "model": model, "extra_state": {}}
+    return {**json_values.restored(config), "model": model, "extra_state": {}}
 
 
 def converted(
@@ -204,7 +201,24 @@ def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> Non
     )
 
 
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """Refuse flags that the chosen format does not read.
+
+    Raises:
+        ValueError: there is one; the message names it and the formats that read it.
+    """
+    usual = parser().get_default
+    readers = dict.fromkeys(HF_ONLY, ("hf",)) | dict.fromkeys(HF_AND_NLLB, ("hf", "nllb-moe"))
+    for name, formats in readers.items():
+        if getattr(args, name) != usual(name) and args.format not in formats:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: has no effect without --format {' or '.join(formats)}")
+    if args.from_hf and (args.format != "safetensors" or args.tables or args.experts):
+        raise ValueError("--from-hf: makes a checkpoint; leave out --format, --tables, --experts")
+
+
 def run(args: argparse.Namespace) -> None:
+    _refuse_without_effect(args)
     if args.format != "safetensors":
         _for_transformers(args)
     elif args.tables or args.experts:

@@ -7,7 +7,6 @@ fairseq's have other frequencies; and since Marian's decoder starts from `<pad>`
 special ones.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,16 +253,18 @@ def dense_checkpoint(found: Converted, data: Path) -> dict[str, Any]:
     with in_place_of(data) as partial:
         partial.mkdir()
         for language in found.languages:
-            found.dictionary.save(str(partial / f"dict.{language}.txt".replace("..", ".")))
+            name = ".".join(part for part in ("dict", language, "txt") if part)
+            found.dictionary.save(str(partial / name))
     parser = options.get_training_parser()
     more = ["--moe-freq", "0", "--optimizer", "adam", "--max-tokens", "4096"]
     args = options.parse_args_and_arch(parser, [str(data), *found.flags, *more])
     cfg = convert_namespace_to_omegaconf(args)
     task = tasks.setup_task(cfg.task)
     model = task.build_model(cfg.model)
-    state = {name: value.detach().clone() for name, value in found.state.items()}
-    for name in _buffers(model):
-        state[name] = model.state_dict()[name]
+    # what fairseq saves and transformers has not
+    extra = ("version", "_extra_state")
+    state = {name: v for name, v in model.state_dict().items() if name.endswith(extra)}
+    state |= {name: value.detach().clone() for name, value in found.state.items()}
     model.load_state_dict(state, strict=True)
     whole: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     # fairseq keeps the flags of models that it configures through argparse as they are
@@ -283,9 +284,3 @@ def dense_checkpoint(found: Converted, data: Path) -> dict[str, Any]:
         "task_state": {},
         "extra_state": {},
     }
-
-
-def _buffers(model: nn.Module) -> Iterator[str]:
-    """Names of what fairseq saves and transformers has not."""
-    keep: Callable[[str], bool] = lambda name: name.endswith(("version", "_extra_state"))
-    return filter(keep, list(model.state_dict()))

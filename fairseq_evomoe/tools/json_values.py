@@ -1,6 +1,8 @@
-"""Python values as JSON and back, with their types."""
+"""Python values as JSON and back, with their types, and what exports keep of a checkpoint so."""
 
+import json
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -47,3 +49,34 @@ def decode(value: Any) -> Any:
     if kind == "dict":
         return {decode(k): decode(v) for k, v in value["items"]}
     raise ValueError(f"the file holds an unknown {_TAG} {kind!r}")
+
+
+KEPT = ("args", "cfg", "optimizer_history", "task_state")
+"""What an export keeps of a checkpoint besides its tensors."""
+
+
+def kept(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a checkpoint that exports keep, encoded."""
+    return {k: encode(checkpoint[k]) for k in KEPT if k in checkpoint}
+
+
+def restored(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `kept`; other entries of `values` are left out."""
+    return {k: decode(values[k]) for k in KEPT if k in values}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}")
+    return found

@@ -249,6 +249,9 @@ def run(args: argparse.Namespace) -> None:
     if args.from_hf:
         moe.check(GATES)
         _convert(args)
+    for name in ("dense", "source_lang", "target_lang", "drop_logits_bias"):
+        if getattr(args, name) and not args.from_hf:
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect without --from-hf")
     flags = {k: v for k, v in vars(moe).items() if k != "_name"}
     flags["moe_gate_token_bias"] = moe.token_bias
     source = args.dense if args.from_hf else args.checkpoint

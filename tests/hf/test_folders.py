@@ -28,7 +28,6 @@ from transformers import (
 
 from fairseq_evomoe.tools import export
 from fairseq_evomoe.tools.to_hf import nllb, tokenizer
-from fairseq_evomoe.tools.to_hf.write import Options
 
 FLAGS = {
     "translation": ("--evo-spawn-update", 10, "--dts-anneal-updates", 60, "--lr", 0.01),
@@ -302,6 +301,8 @@ def test_a_classifier_goes_there_and_back(checkpoints, toy, tmp_path):
         want = model.eval()(ids, classification_head_name="topics", features_only=True)[0]
         torch.testing.assert_close(ours(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
     assert ours(input_ids=ids, labels=torch.tensor([0, 2])).loss > 0
+    card = (out / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card and "AutoModelForMaskedLM" not in card
 
 
 @pytest.mark.parametrize(
@@ -335,6 +336,9 @@ def test_wrong_calls_are_refused(checkpoints, toy, tmp_path, capsys):
             "not a sentenc",
         ),
         ((str(toy), *out, "--from-hf"), "fairseq.json"),
+        ((source, *out, "--beam", "4"), "--beam: has no effect without --format hf or nllb-moe"),
+        ((source, *out, "--format", "nllb-moe", "--with-code"), "--with-code: has no effect"),
+        ((str(toy), *out, "--from-hf", "--format", "hf"), "--from-hf"),
         ((source, *out, "--format", "nllb-moe"), "--task"),
         ((source, *out, "--format", "hf", "--beam", "0"), "--beam 0"),
         ((source, *out, "--format", "hf", "--max-len-b", "-5"), "--max-len-b -5"),
@@ -414,19 +418,26 @@ def test_a_tokenizer_gives_the_ids_of_fairseq(kind, byte_fallback, tmp_path):
             assert made.decode(have, skip_special_tokens=True) == pieces.decode(split)
 
 
-def test_two_languages_can_have_their_own_dictionaries(checkpoints, toy, tmp_path):
-    """The target's tokenizer then lies in a folder of its own."""
-    export_options = Options(data=str(toy / "bin"))
-    assert export_options.sentencepiece == []
-    (_,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoints["translation"])])
-    from fairseq_evomoe.tools.to_hf.write import save_tokenizers
-
-    class Config:
-        model_type, encoder_stack = "evomoe_translation", {"positions": 50}
-
-    task.tgt_dict = Dictionary()
-    for word in ("Hund", "Katze"):
-        task.tgt_dict.add_symbol(word)
-    save_tokenizers(task, Config(), tmp_path, export_options)
-    target = AutoTokenizer.from_pretrained(tmp_path / "target")
-    assert target("Katze Hund").input_ids == [5, 4, 2] and target.model_max_length == 50
+def test_two_languages_can_have_their_own_dictionaries(toy, tmp_path):
+    """The target's tokenizer then lies in a folder of its own, and the card names it."""
+    texts = [x for s in ("train", "valid", "test") for x in (f"--{s}pref", toy / s)]
+    data = tmp_path / "bin"
+    pair = ("-s", "en", "-t", "de")
+    run(tool("fairseq-preprocess"), *pair, "--workers", "1", "--destdir", data, *texts)
+    one, shared = str(toy / "bin"), "--share-all-embeddings"
+    args = train_args(toy, tmp_path, "--max-update", 2, "--share-decoder-input-output-embed")
+    train(*(str(data) if a == one else a for a in args if a != shared))
+    out = tmp_path / "out"
+    path = str(tmp_path / "checkpoint_last.pt")
+    export.main([path, "--output", str(out), "--format", "hf"])
+    words = {x: Dictionary.load(str(data / f"dict.{x}.txt")) for x in ("en", "de")}
+    for folder, language in ((out, "en"), (out / "target", "de")):
+        made = AutoTokenizer.from_pretrained(folder)
+        line = (toy / f"test.{language}").read_text().splitlines()[0]
+        want = words[language].encode_line(line, add_if_not_exist=False).tolist()
+        assert made(line).input_ids == want and made.model_max_length == 1024
+    card = (out / "README.md").read_text()
+    assert 'target = AutoTokenizer.from_pretrained(folder + "/target")' in card
+    assert "target.batch_decode(" in card
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert model.config.vocab_size == len(words["de"]) != len(words["en"])

@@ -125,6 +125,8 @@ def test_what_does_not_map_is_refused_by_name(tmp_path):
         said = convert(tmp_path / folder, out, *flags, ok=False)
         assert message in said, said
         assert not list(out.iterdir())
+    alone = (tmp_path / "x.pt", "--output", tmp_path / "y.pt", "--dense", tmp_path / "z.pt")
+    assert "--dense: has no effect" in run(tool("evomoe-upcycle"), *alone, ok=False)
     convert(tmp_path / "biased", tmp_path, *pair, "--drop-logits-bias")
     with pytest.raises(AssertionError, match="exists"):
         convert(tmp_path / "biased", tmp_path, *pair, "--drop-logits-bias")

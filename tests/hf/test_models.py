@@ -152,7 +152,9 @@ def test_logits_are_those_of_fairseq(toy, case):
         torch.testing.assert_close(ours(input_ids=ids, attention_mask=mask).logits[ids.ne(1)], have)
 
 
-@pytest.mark.parametrize("case", ["dts limited", "switch", "memoryformer", "n-grams", "beside"])
+@pytest.mark.parametrize(
+    "case", ["dts limited", "switch", "int8 experts", "memoryformer", "n-grams", "beside"]
+)
 @torch.no_grad()
 def test_plain_torch_and_kernels_agree(toy, case, monkeypatch):
     """The operations that an exported folder brings give what the package's kernels give."""

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-AUTO = {
-    "evomoe_translation": "AutoModelForSeq2SeqLM",
-    "evomoe_lm": "AutoModelForCausalLM",
-    "evomoe_mlm": "AutoModelForMaskedLM",
-}
+from fairseq_evomoe.hf import AUTO_CLASSES, EvoMoEForSequenceClassification
+
 WHAT = {
     "evomoe_translation": "translates",
     "evomoe_lm": "continues text",
     "evomoe_mlm": "fills in masked words",
+    "classifier": "classifies texts",
 }
+"""Kind of model -> what it does."""
 STAGES = {1: "soft", 2: "hard"}
 USE = {
     "evomoe_translation": """\
@@ -24,19 +23,36 @@ print(tokenizer.batch_decode(words, skip_special_tokens=True))""",
     "evomoe_mlm": """\
 batch = tokenizer(["A sentence with a <mask> in it."], return_tensors="pt")
 print(model(**batch).logits.shape)""",
+    "classifier": """\
+batch = tokenizer(["A text to classify."], return_tensors="pt")
+print(model(**batch).logits.softmax(-1))""",
 }
 
 
-def text(config: Any, checkpoint: dict[str, Any], cfg: Any, options: Any, difference: float) -> str:
+def text(
+    model: Any,
+    checkpoint: dict[str, Any],
+    cfg: Any,
+    options: Any,
+    *,
+    difference: float,
+    two_tokenizers: bool,
+) -> str:
     """The card in Markdown.
 
     Args:
-        config: of the exported model.
+        model: the exported one.
         checkpoint, cfg: of the training.
         options: `write.Options`.
         difference: of the two models' logits.
+        two_tokenizers: whether the target has one of its own.
     """
-    kind, trust = config.model_type, ", trust_remote_code=True" * options.with_code
+    config, trust = model.config, ", trust_remote_code=True" * options.with_code
+    classes = {cls: auto.__name__ for auto, cls in AUTO_CLASSES[type(config)].items()}
+    auto, kind = classes[type(model)], config.model_type
+    if isinstance(model, EvoMoEForSequenceClassification):
+        kind = "classifier"
+    target = f'AutoTokenizer.from_pretrained(folder + "/target"{trust})'
     lines = [
         "---",
         "library_name: transformers",
@@ -57,12 +73,13 @@ def text(config: Any, checkpoint: dict[str, Any], cfg: Any, options: Any, differ
         "",
         "```python",
         *([] if options.with_code else ["import fairseq_evomoe.hf"]),
-        f"from transformers import {AUTO[kind]}, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'folder = "."' + ("  # its Python files will run" * options.with_code),
-        f"model = {AUTO[kind]}.from_pretrained(folder{trust})",
+        f"model = {auto}.from_pretrained(folder{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
-        USE[kind].format(target="tokenizer"),
+        *([f"target = {target}"] * two_tokenizers),
+        USE[kind].format(target="target" if two_tokenizers else "tokenizer"),
         "```",
         "",
         "The logits on padded random text differ from those of fairseq's model by at most "

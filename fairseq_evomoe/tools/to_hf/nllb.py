@@ -15,10 +15,15 @@ from torch import Tensor
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
-from fairseq_evomoe.tools.checkpoint import build, flags_of, in_place_of, load
-from fairseq_evomoe.tools.to_hf.describe import describe
+from fairseq_evomoe.tools.checkpoint import in_place_of
 from fairseq_evomoe.tools.to_hf.weights import name_for_hf
-from fairseq_evomoe.tools.to_hf.write import Options, difference, generation, save_tokenizers
+from fairseq_evomoe.tools.to_hf.write import (
+    Options,
+    difference,
+    generation,
+    loaded,
+    save_tokenizers,
+)
 
 NAMES = (
     ("encoder_attn_layer_norm", "cross_attention_layer_norm"),
@@ -161,11 +166,7 @@ def export(source: Path, folder: Path, options: Options) -> float:
         FileExistsError: `folder` exists.
         ValueError: NllbMoe has no such model, or the two models differ; nothing is written.
     """
-    options.check()
-    checkpoint = load(source)
-    model, _, task = build(source, options.data)
-    model.eval()
-    config = describe(model, flags_of(checkpoint), 0.01)
+    checkpoint, model, _, task, config = loaded(source, options)
     theirs = configure(config)
     nllb = NllbMoeForConditionalGeneration(theirs).eval()
     state = weights(checkpoint["model"], set(nllb.state_dict()))

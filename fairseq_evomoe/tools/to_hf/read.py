@@ -1,6 +1,5 @@
 """Read an exported folder back as a checkpoint of fairseq."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 
 from fairseq_evomoe.tools import json_values
 from fairseq_evomoe.tools.to_hf.weights import from_hf
-from fairseq_evomoe.tools.to_hf.write import FORMAT, KEPT, REST, WAY_BACK
+from fairseq_evomoe.tools.to_hf.write import FORMAT, REST, WAY_BACK
 
 
 def is_exported(folder: Path) -> bool:
@@ -28,25 +27,14 @@ def restore(folder: Path) -> dict[str, Any]:
             f"--from-hf {folder}: there is no {WAY_BACK}; copy it, and {REST} if there is one, "
             "from the folder that evomoe-export wrote"
         )
-    way_back = _json(folder / WAY_BACK)
+    way_back = json_values.read(folder / WAY_BACK)
     if way_back.get("format") != FORMAT:
         raise ValueError(f"{folder / WAY_BACK} is not of format {FORMAT!r}")
-    config = _json(folder / "config.json")
+    config = json_values.read(folder / "config.json")
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         tensors.update(load_file(path))
     rest = load_file(folder / REST) if (folder / REST).is_file() else {}
     origin = {name: (ours, expert) for name, (ours, expert) in way_back["origin"].items()}
     model = from_hf(tensors, rest, origin, way_back["order"], config.get("tied") or {})
-    checkpoint = {k: json_values.decode(way_back[k]) for k in KEPT if k in way_back}
-    return {**checkpoint, "model": model, "extra_state": {}}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}")
-    return found
+    return {**json_values.restored(way_back), "model": model, "extra_state": {}}

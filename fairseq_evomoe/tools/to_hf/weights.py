@@ -34,12 +34,14 @@ class Mapped:
         model: name in transformers -> tensor.
         origin: name in fairseq -> name in transformers, and the expert that it is, or None if it
             is the whole tensor.
+        order: the names in fairseq, in the order of the checkpoint.
         rest: the tensors that an exported model does not need, by their names in fairseq, for the
             way back.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, tuple[str, int | None]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     rest: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -62,7 +64,7 @@ def to_hf(state: Mapping[str, Tensor], wanted: set[str]) -> Mapped:
     Raises:
         ValueError: the checkpoint lacks a weight that the model has.
     """
-    mapped = Mapped()
+    mapped = Mapped(order=list(state))
     for name, value in state.items():
         ours = name_for_hf(name)
         base = re.sub(r"moe_layer\.experts\.(\w+)$", lambda m: OF_BASE_EXPERT.get(m[1], ""), ours)

@@ -12,15 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
-from fairseq_evomoe.hf.base_evomoe import EvoMoEPreTrainedModel
-from fairseq_evomoe.hf.masked_lm_evomoe import (
-    EvoMoEForMaskedLM,
-    EvoMoEForSequenceClassification,
-)
-from fairseq_evomoe.hf.modeling_evomoe import (
-    EvoMoEForCausalLM,
-    EvoMoEForConditionalGeneration,
-)
+from fairseq_evomoe.hf import AUTO_CLASSES, EvoMoEForSequenceClassification
 from fairseq_evomoe.tools import json_values
 from fairseq_evomoe.tools.checkpoint import build, flags_of, in_place_of, load
 from fairseq_evomoe.tools.to_hf import card, tokenizer
@@ -29,16 +21,6 @@ from fairseq_evomoe.tools.to_hf.weights import contiguous, to_hf
 
 WAY_BACK, REST = "fairseq.json", "fairseq_rest.safetensors"
 FORMAT = "fairseq_evomoe for transformers 1"
-KEPT = ("args", "cfg", "optimizer_history", "task_state")
-CLASSES: dict[str, dict[str, type[EvoMoEPreTrainedModel]]] = {
-    "evomoe_translation": {"AutoModelForSeq2SeqLM": EvoMoEForConditionalGeneration},
-    "evomoe_lm": {"AutoModelForCausalLM": EvoMoEForCausalLM},
-    "evomoe_mlm": {
-        "AutoModelForMaskedLM": EvoMoEForMaskedLM,
-        "AutoModelForSequenceClassification": EvoMoEForSequenceClassification,
-    },
-}
-"""Model type -> the Auto classes that find a class of ours; the first is the usual one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +66,20 @@ class Options:
                 raise ValueError(f"{flag}: {fix}")
 
 
+def loaded(source: Path, options: Options) -> tuple[dict[str, Any], Any, Any, Any, Any]:
+    """The checkpoint, and fairseq's model, configuration and task of it, and our configuration.
+
+    Raises:
+        ValueError: an option cannot work, or the model has no counterpart.
+    """
+    options.check()
+    checkpoint = load(source)
+    model, cfg, task = build(source, options.data)
+    model.eval()
+    balance = getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)
+    return checkpoint, model, cfg, task, describe(model, flags_of(checkpoint), balance)
+
+
 def export(source: Path, folder: Path, options: Options) -> float:
     """Write the folder, and return the largest difference of logits from fairseq's model.
 
@@ -91,12 +87,7 @@ def export(source: Path, folder: Path, options: Options) -> float:
         FileExistsError: `folder` exists.
         ValueError: the model has no counterpart, or the two models differ; nothing is written.
     """
-    options.check()
-    checkpoint = load(source)
-    model, cfg, task = build(source, options.data)
-    model.eval()
-    balance = getattr(cfg.criterion, "moe_gate_loss_wt", 0.0)
-    config = describe(model, flags_of(checkpoint), balance)
+    checkpoint, model, cfg, task, config = loaded(source, options)
     ours, mapped = convert(model, config, checkpoint["model"])
     found = difference(model, ours, config.model_type)
     with in_place_of(folder) as partial:
@@ -105,21 +96,22 @@ def export(source: Path, folder: Path, options: Options) -> float:
         save_tokenizers(task, config, partial, options)
         way_back = {
             "format": FORMAT,
-            "order": list(checkpoint["model"]),
+            "order": mapped.order,
             "origin": mapped.origin,
-            **{k: json_values.encode(checkpoint[k]) for k in KEPT if k in checkpoint},
+            **json_values.kept(checkpoint),
         }
         (partial / WAY_BACK).write_text(json.dumps(way_back, indent=1), encoding="utf-8")
         if mapped.rest:
             save_file(contiguous(mapped.rest), partial / REST, metadata={"format": "pt"})
-        text = card.text(config, checkpoint, cfg, options, found)
+        two = (partial / "target").is_dir()
+        text = card.text(ours, checkpoint, cfg, options, difference=found, two_tokenizers=two)
         (partial / "README.md").write_text(text, encoding="utf-8")
     return found
 
 
 def convert(model: nn.Module, config: Any, state: dict[str, Any]) -> tuple[Any, Any]:
     """The model for transformers with a checkpoint's weights, and where they went."""
-    cls = next(iter(CLASSES[config.model_type].values()))
+    cls: Any = next(iter(AUTO_CLASSES[type(config)].values()))
     heads: Any = getattr(model, "classification_heads", None)
     if heads:
         cls = EvoMoEForSequenceClassification
@@ -185,8 +177,8 @@ def _save_model(ours: Any, folder: Path, options: Options) -> None:
     config.architectures = [type(ours).__name__]
     if options.with_code:
         config.auto_map = {"AutoConfig": f"configuration_evomoe.{type(config).__name__}"}
-        for auto, cls in CLASSES[config.model_type].items():
-            config.auto_map[auto] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        for auto, cls in AUTO_CLASSES[type(config)].items():
+            config.auto_map[auto.__name__] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
     if config.model_type != "evomoe_mlm":
         ours.generation_config = generation(config, options)
     ours.save_pretrained(folder, max_shard_size=options.shard_size)

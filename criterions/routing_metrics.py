@@ -14,8 +14,9 @@ from fairseq.dataclass.constants import StrEnum
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from fairseq_evomoe.compat.running import DETAIL
+from fairseq_evomoe.compat.loggers import DETAIL
 from fairseq_evomoe.criterions.logs import summed
+from fairseq_evomoe.criterions.rerouted import FirstExperts, log_rerouted
 from fairseq_evomoe.criterions.table_metrics import count_rows, log_rows
 from fairseq_evomoe.memory.usage import counting_rows
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
@@ -179,11 +180,13 @@ class RoutingMixin:
     """Adds routing losses and metrics to a fairseq criterion; list it first among the bases."""
 
     routing: RoutingLosses
+    first_experts: FirstExperts
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> Any:
         criterion = super().build_criterion(cfg, task)
         criterion.routing = RoutingLosses(cfg)
+        criterion.first_experts = FirstExperts()
         return criterion
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
@@ -193,6 +196,9 @@ class RoutingMixin:
         refuse_compiled(model, layers, log)
         if not model.training:
             logging_output.update(count_rows(model, counts))
+            if layers:
+                tokens = sample["net_input"]["src_tokens"]
+                logging_output.update(self.first_experts.compare(tokens, log))
         if reduce:
             loss, routing = self.routing.add(
                 loss, log, layers, sample_size=sample_size, training=model.training
@@ -204,6 +210,7 @@ class RoutingMixin:
     def reduce_metrics(cls, logging_outputs: Any) -> None:
         super().reduce_metrics(logging_outputs)
         log_routing(logging_outputs)
+        log_rerouted(logging_outputs)
         log_rows(logging_outputs)
 
 

@@ -163,17 +163,20 @@ def test_an_empty_data_set_is_named(tmp_path, capsys):
     assert "_bin_buffer_mmap" not in capsys.readouterr().err
 
 
-def test_asynchronous_checkpoints_without_their_package(monkeypatch):
-    """fairseq would end with exit code 0 without having trained."""
-    cfg = argparse.Namespace(
-        checkpoint=argparse.Namespace(write_checkpoints_asynchronously=True),
-        distributed_training=argparse.Namespace(),
-    )
-    monkeypatch.setitem(sys.modules, "iopath", None)
+@pytest.mark.parametrize(
+    "group, flag, package",
+    [
+        ("checkpoint", "--write-checkpoints-asynchronously", "iopath"),
+        ("common", "--wandb-project", "wandb"),
+        ("common", "--aim-repo", "aim"),
+    ],
+)
+def test_a_flag_without_its_package_is_refused(monkeypatch, group, flag, package):
+    """fairseq would end with exit code 0 without having trained, or leave no record."""
+    given = argparse.Namespace(**{flag[2:].replace("-", "_"): "given"})
+    cfg = argparse.Namespace(**{group: given}, distributed_training=argparse.Namespace())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        SystemExit, match="--write-checkpoints-asynchronously .* pip install iopath"
-    ):
+    with pytest.raises(SystemExit, match=f"{flag} .* pip install {package}"):
         distributed_utils.call_main(cfg, lambda cfg: None)
 
 

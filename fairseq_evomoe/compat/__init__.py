@@ -13,6 +13,7 @@ from fairseq_evomoe.compat import (
     batches,
     expert_parallel,
     hydra,
+    loggers,
     masters,
     running,
     saving,
@@ -28,7 +29,16 @@ _NOISE = (
     "'pin_memory' argument is set as true",
 )
 
-__all__ = ["apply_patches", "averages", "expert_parallel", "hydra", "masters", "running", "words"]
+__all__ = [
+    "apply_patches",
+    "averages",
+    "expert_parallel",
+    "hydra",
+    "loggers",
+    "masters",
+    "running",
+    "words",
+]
 
 
 def apply_patches() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from fairseq import nan_detector, optim, options
 from fairseq.distributed import utils as distributed_utils
-from fairseq.logging import progress_bar
 from fairseq.modules import checkpoint_activations
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
@@ -24,9 +23,6 @@ from fairseq_evomoe.kernels.attention import fast_attention, is_fast, recomputed
 from fairseq_evomoe.old_names import warn_of_old_names
 
 logger = logging.getLogger(__name__)
-
-DETAIL = "moe_load/"
-"""Prefix of metrics too numerous for a progress bar; JSON logs and TensorBoard still get them."""
 
 
 def _no_torch_xla() -> bool:
@@ -109,20 +105,31 @@ def start_cpu_workers(original: Any) -> Any:
     return call_main
 
 
-@patch(distributed_utils, "call_main", test="tests/test_compat.py")
-def refuse_to_end_untrained(original: Any) -> Any:
-    """Stop with an error if `--write-checkpoints-asynchronously` lacks its package.
+NEEDS = {
+    "--write-checkpoints-asynchronously": ("checkpoint", "iopath"),
+    "--wandb-project": ("common", "wandb"),
+    "--aim-repo": ("common", "aim"),
+}
+"""Flag -> its group of fairseq's configuration, and the package that it needs."""
 
-    fairseq logs the reason among its first lines and then ends with exit code 0.
+
+@patch(distributed_utils, "call_main", test="tests/test_compat.py")
+def refuse_flags_without_their_package(original: Any) -> Any:
+    """Stop with an error if a flag is given whose package is not installed.
+
+    fairseq logs the reason among its first lines. Then it ends with exit code 0 without training
+    (`--write-checkpoints-asynchronously`), or trains without a record of it (`--wandb-project`).
     """
 
     def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
-        written = getattr(getattr(cfg, "checkpoint", None), "write_checkpoints_asynchronously", 0)
-        if written and importlib.util.find_spec("iopath") is None:
-            sys.exit(
-                "--write-checkpoints-asynchronously needs the package iopath: pip install iopath, "
-                "or leave the flag out"
-            )
+        for flag, (group, package) in NEEDS.items():
+            name = flag.removeprefix("--").replace("-", "_")
+            given = getattr(getattr(cfg, group, None), name, None)
+            if given and importlib.util.find_spec(package) is None:
+                sys.exit(
+                    f"{flag} needs the package {package}: pip install {package}, or leave the flag "
+                    "out"
+                )
         return original(cfg, main, **kwargs)
 
     return call_main
@@ -233,16 +240,6 @@ def skip_overflowing_updates_on_cpus(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     return train_step
-
-
-@patch(progress_bar.BaseProgressBar, "_format_stats", test="tests/test_compat.py")
-def shorten_progress_bar(original: Any) -> Any:
-    """Leave metrics per layer and expert out of progress bars, where they would hide the rest."""
-
-    def _format_stats(self: Any, stats: dict[str, Any]) -> Any:
-        return original(self, {k: v for k, v in stats.items() if DETAIL not in k})
-
-    return _format_stats
 
 
 @patch(nan_detector.NanDetector, "add_hooks", test="tests/tasks/test_bad_numbers.py")

@@ -61,9 +61,15 @@ def account_plan(y: Tensor, plan: RoutingPlan, *, gate: Gate, phase: Phase, name
                 entropy=entropy,
                 dropped=load.sum() - plan.active.sum(),
                 losses=routing_losses(plan, gate),
+                first=None if gate.training else first_experts(plan),
             )
         )
     return _with_all_grads(y, gate, phase, recorded=log is not None)
+
+
+def first_experts(plan: RoutingPlan) -> Tensor:
+    """The active expert with the largest weight for each token, (T,) int64."""
+    return plan.weights.masked_fill(~plan.active, -torch.inf).argmax(-1)
 
 
 def routing_losses(plan: RoutingPlan, gate: Gate) -> Tensor:

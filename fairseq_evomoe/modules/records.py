@@ -33,6 +33,8 @@ class RoutingRecord:
         entropy: sum over tokens of the clean gate's entropy in nats, scalar float32.
         dropped: number of pairs that a capacity dropped, scalar float32.
         losses: values of `LOSSES`, (4,) float32; the only differentiable field.
+        first: in evaluation mode the expert with the largest weight for each real token, (T,)
+            int64; None in training and before the split.
     """
 
     name: str
@@ -43,6 +45,7 @@ class RoutingRecord:
     entropy: Tensor
     dropped: Tensor
     losses: Tensor
+    first: Tensor | None = None
 
 
 @dataclass

@@ -132,6 +132,19 @@ def _router(log: RunLog) -> Iterator[Finding]:
     )
 
 
+def _rerouted(log: RunLog) -> Iterator[Finding]:
+    shares = [r["moe_rerouted"] for r in log.valid if "moe_rerouted" in r]
+    if not shares:
+        return
+    yield Finding(
+        "Flapping",
+        grade(shares[-1], 0.25, 0.5),
+        f"{shares[-1]:.1%} of the validation tokens went to another first expert than at the "
+        f"validation before (at first {shares[0]:.1%})",
+        "falling, at the end up to 25 %, and not above 50 %",
+    )
+
+
 def _jumps(log: RunLog) -> Iterator[Finding]:
     rows = [r for r in log.train if "moe_stage" in r and math.isfinite(r.get("loss", math.nan))]
     for number, name in ((1, "Split"), (2, "Hard switch")):
@@ -184,7 +197,7 @@ def _time(log: RunLog) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[RunLog], Iterator[Finding]], ...] = (
-    *(_numbers, _reached, _experts, _router, _jumps, _over_fitting, _time),
+    *(_numbers, _reached, _experts, _router, _rerouted, _jumps, _over_fitting, _time),
 )
 
 

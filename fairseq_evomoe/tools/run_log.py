@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fairseq_evomoe.compat.running import DETAIL
+from fairseq_evomoe.compat.loggers import DETAIL
 
 Row = dict[str, float]
 
@@ -57,6 +57,16 @@ def _rows(path: Path, lines: list[bytes], kind: str) -> list[Row]:
             raise ValueError(f"{path}, line {number}: {error}") from error
         found.append({k: float(v) for k, v in row.items() if v is not None})
     return found
+
+
+DONE = b"| done training in "
+"""What fairseq-train logs at its end."""
+
+
+def is_done(path: Path) -> bool:
+    """Whether the last training that wrote to this log has come to its end."""
+    text = path.read_bytes()
+    return text.rfind(DONE) > text.rfind(b"| train_inner | {")
 
 
 def read_log(path: Path, name: str | None = None) -> RunLog:

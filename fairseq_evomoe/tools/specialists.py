@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fairseq_evomoe.modules.moe_layer import moe_layers
-from fairseq_evomoe.modules.plan import TokenBatch
+from fairseq_evomoe.modules.plan import RoutingPlan, TokenBatch
 from fairseq_evomoe.tools import validation
+from fairseq_evomoe.tools.words import words_of_ids
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Specialist:
 
     Attributes:
         share: the expert's share of its layer's (token, expert) pairs, 0 to 1.
-        words: (word, number of its occurrences routed here, share of its occurrences routed here).
-            Words are sorted by their surplus, largest first: how many more occurrences are routed
-            here than the expert's share of all pairs predicts.
+        words: (word, number of its tokens routed here, share of its tokens routed here). Words are
+            sorted by their surplus, largest first: how many more tokens are routed here than the
+            expert's share of all pairs predicts.
     """
 
     share: float
@@ -45,29 +46,35 @@ class Seen:
     """Routing counts of one layer over one pass.
 
     Attributes:
-        came: for each expert, how often each token id was routed to it.
-        seen: how often each token id occurred.
-        active: token id -> number of active experts, summed over its occurrences.
+        came: for each expert, how many tokens of each word were routed to it.
+        seen: how many tokens each word had. A word that is split into pieces has several at once.
+        active: word -> number of active experts, summed over its tokens.
         places: position in the sentence, from 1 -> (number of tokens at that position, their number
             of active experts, summed).
     """
 
-    came: list[Counter[int]]
-    seen: Counter[int] = field(default_factory=Counter)
-    active: Counter[int] = field(default_factory=Counter)
+    came: list[Counter[str]]
+    seen: Counter[str] = field(default_factory=Counter)
+    active: Counter[str] = field(default_factory=Counter)
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, tokens: TokenBatch, active: Tensor) -> None:
-        """Add the counts of a batch; `active` is (T, E) bool."""
-        ids, number = tokens.token.tolist(), active.sum(1).tolist()
-        place = tokens.place.tolist()
-        self.seen.update(ids)
-        for t, n, at in zip(ids, number, place, strict=True):
+    def add(self, tokens: TokenBatch, words: list[str], active: Tensor) -> None:
+        """Add the counts of a batch: the word of each token, and `active`, (T, E) bool."""
+        number, place = active.sum(1).tolist(), tokens.place.tolist()
+        self.seen.update(words)
+        for t, n, at in zip(words, number, place, strict=True):
             self.active[t] += n
             there, total = self.places.get(at, (0, 0))
             self.places[at] = (there + 1, total + n)
         for row, expert in active.nonzero().tolist():
-            self.came[expert][ids[row]] += 1
+            self.came[expert][words[row]] += 1
+
+
+def words_of_tokens(tokens: TokenBatch, dictionary: Any) -> list[str]:
+    """The word that each real token of a batch belongs to, in the order of the layer's rows."""
+    table = words_of_ids(tokens.ids, dictionary)
+    flat = [row[place] for place in range(tokens.ids.size(1)) for row in table]
+    return flat if tokens.real is None else [flat[i] for i in tokens.real.tolist()]
 
 
 @torch.no_grad()
@@ -81,9 +88,16 @@ def watch(model: Any, task: Any, *, subset: str, max_tokens: int) -> dict[str, S
     layers = dict(moe_layers(model))
     found = {n: Seen([Counter() for _ in range(m.cfg.moe_expert_count)]) for n, m in layers.items()}
 
+    words: dict[TokenBatch, list[str]] = {}
+
     def count(name: str) -> Any:
-        # the gate is called with states, phase and tokens
-        return lambda gate, args, plan: found[name].add(args[2], plan.active)
+        def hook(gate: Any, args: Any, plan: RoutingPlan) -> None:
+            tokens = args[2]  # the gate is called with states, phase and tokens
+            if tokens not in words:
+                words[tokens] = words_of_tokens(tokens, dictionary_of(task, layers[name].name))
+            found[name].add(tokens, words[tokens], plan.active)
+
+        return hook
 
     hooks = [m.gate.register_forward_hook(count(n)) for n, m in layers.items()]
     passed = 0
@@ -95,6 +109,7 @@ def watch(model: Any, task: Any, *, subset: str, max_tokens: int) -> dict[str, S
             disable=None,
         ):
             model(**sample["net_input"])
+            words.clear()
             passed += 1
     finally:
         for hook in hooks:
@@ -104,11 +119,9 @@ def watch(model: Any, task: Any, *, subset: str, max_tokens: int) -> dict[str, S
     return {layer.name: found[n] for n, layer in layers.items()}
 
 
-def specialists(
-    task: Any, found: dict[str, Seen], *, most: int = 12
-) -> dict[str, list[Specialist]]:
+def specialists(found: dict[str, Seen], *, most: int = 12) -> dict[str, list[Specialist]]:
     """Return each layer's experts, with up to `most` words per expert."""
-    return {n: _of_layer(s.came, s.seen, dictionary_of(task, n), most) for n, s in found.items()}
+    return {name: _of_layer(seen.came, seen.seen, most) for name, seen in found.items()}
 
 
 @dataclass(frozen=True)
@@ -164,15 +177,13 @@ def dictionary_of(task: Any, layer: str) -> Any:
     return task.target_dictionary
 
 
-def _of_layer(
-    came: list[Counter[int]], seen: Counter[int], dictionary: Any, most: int
-) -> list[Specialist]:
+def _of_layer(came: list[Counter[str]], seen: Counter[str], most: int) -> list[Specialist]:
     pairs = sum(sum(c.values()) for c in came) or 1
     found = []
     for counts in came:
         share = sum(counts.values()) / pairs
         surplus = {i: n - share * seen[i] for i, n in counts.items()}
         top = sorted(surplus, key=lambda i: (-surplus[i], i))[:most]
-        words = [(dictionary[i], counts[i], counts[i] / seen[i]) for i in top if surplus[i] > 0]
+        words = [(i, counts[i], counts[i] / seen[i]) for i in top if surplus[i] > 0]
         found.append(Specialist(share, words))
     return found

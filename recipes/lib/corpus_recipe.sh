@@ -10,7 +10,11 @@ options (defaults in parentheses):
   --data DIR      take files from DIR instead of the network: the archives under their published names,
                   or plain {train,valid,<test set>}.<language>
   --steps A,B     run only these, out of the steps download extract clean pieces preprocess train average generate score
-  --updates N, --seed N (1), --out DIR (work/<corpus>)
+  --tests A,B     test sets <name>.<language> in --data that replace those of the corpus
+  --updates N, --vocab N (pieces), --seed N (1), --out DIR (work/<corpus>)
+  --devices N     train on N GPUs, or in N processes on a CPU; an update then has N times as many tokens
+                  (all GPUs; one process on a CPU)
+  --resume        go on from the training of this model with the most updates below --updates
   --any-lines     do not check the numbers of lines
   --drop-broken-lines  leave out training pairs that are not UTF-8 text, and count them
   --long-lines L  stop at lines of valid and test sets that are longer than the model's positions, or cut them (stop)
@@ -42,11 +46,14 @@ size_flags() {
 }
 
 . recipes/lib/options.sh
-data= model=evomoe seed=1 steps= any_lines= baseline= comet= print= drop_broken_lines= long_lines=stop remake= out=
-parse_options "model size data steps updates seed out baseline long-lines" "any-lines drop-broken-lines remake comet print" "$@"
+data= model=evomoe seed=1 tests= vocab= devices= resume= steps= any_lines= baseline= comet= print= drop_broken_lines= long_lines=stop remake= out=
+parse_options "model size data tests vocab steps updates seed devices out baseline long-lines" "resume any-lines drop-broken-lines remake comet print" "$@"
 data=$(folder_from_caller --data "$data") || exit 2
 WORK=$(from_caller "$out")
 WORK=${WORK:-$PWD/work/$(basename "$RECIPE")}
+[ -z "$tests" ] || [ -n "$data" ] || { echo "--tests $tests: these test sets are read from --data; give the folder" >&2; exit 2; }
+check_numbers devices vocab updates || exit 2
+other_tests=${tests:+--tests $tests} other_vocab=${vocab:+--vocab $vocab}
 only=${steps:+,$steps,}
 any_lines=${any_lines:+--any-lines} broken=${drop_broken_lines:+--drop-broken-lines} comet=${comet:+--comet}
 family=$(family_flags "$model") || exit 2
@@ -62,7 +69,9 @@ extras=plots,langid . recipes/lib/environment.sh
 . recipes/lib/made_from.sh
 . recipes/lib/translation.sh
 # sets src, tgt, vocab, hold_out, tests, inputs, clean_flags and piece_flags
-eval "$(python recipes/steps/corpus.py "$RECIPE/corpus.toml")"
+eval "$(python recipes/steps/corpus.py "$RECIPE/corpus.toml" $other_tests $other_vocab)"
+runs=$model-$size-{}-seed$seed
+before=$(longer flags)
 name=$model-$size-$updates-seed$seed
 every=$((updates / 20 > 0 ? updates / 20 : 1))
 flags=(
@@ -70,7 +79,8 @@ flags=(
     --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler inverse_sqrt
     --max-update "$updates" --seed "$seed" --save-interval-updates "$every" --keep-interval-updates "$average"
-    --no-epoch-checkpoints --log-interval $((every < 25 ? every : 25)) "${rest[@]}"
+    --no-epoch-checkpoints --log-interval $((every < 25 ? every : 25)) $(devices_flags)
+    $before "${rest[@]}"
 )
 if [ -n "$print" ]; then
     printf '%q ' fairseq-train "$WORK/bin" --user-dir "$USER_DIR" --save-dir "$WORK/$name" \
@@ -84,12 +94,14 @@ pieces=$(most_pieces "${flags[@]}")
 if [ -z "$only" ] || [ -n "$data" ] || [[ $only =~ ,(download|extract|clean|pieces|preprocess), ]]; then
     files=("corpus.toml=$RECIPE/corpus.toml")
     for file in "${inputs[@]}"; do
-        [ -z "$data" ] || [ ! -e "$data/$file" ] || files+=("$file=$data/$file")
+        for form in "$data/$file"{,.gz,.xz,.bz2,.zst}; do
+            [ -z "$data" ] || [ ! -e "$form" ] || files+=("$file=$form")
+        done
     done
     models=()
     for log in "$WORK"/*/train.log; do models+=("$(dirname "$log")"); done
     made_from data --files "${files[@]}" --values data="$([ -n "$data" ] && echo files || echo download)" \
-        drop_broken_lines="$broken" most_pieces="$pieces" long_lines="$long_lines" \
+        ${other_vocab:+vocab="$vocab"} ${other_tests:+tests="${tests[*]}"} drop_broken_lines="$broken" most_pieces="$pieces" long_lines="$long_lines" \
         --versions sentencepiece sacrebleu fairseq-evomoe --results "$WORK"/{text,pieces,bin} "${models[@]}"
 fi
 made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
@@ -111,7 +123,7 @@ mirror=()
 [ -n "$data" ] && mirror=(--mirror "$data")
 step download "$text/${tests[-1]}.$tgt" python recipes/steps/download.py "$RECIPE/corpus.toml" --out "$WORK/archives" "${mirror[@]}"
 step extract "$text/${tests[-1]}.$tgt" python recipes/steps/extract.py "$RECIPE/corpus.toml" \
-    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $any_lines $broken
+    --archives "$WORK/archives" --out "$text" "${mirror[@]}" $other_tests $any_lines $broken
 held_out=("${tests[@]/#/$text/}")
 [ "$hold_out" = 0 ] && held_out+=("$text/valid") || clean_flags+=(--hold-out-every "$hold_out" --valid "$text/valid")
 step clean "$text/clean.$tgt" python recipes/steps/clean.py --source-lang "$src" --target-lang "$tgt" \
@@ -119,7 +131,8 @@ step clean "$text/clean.$tgt" python recipes/steps/clean.py --source-lang "$src"
 step pieces "" pieces "$src" "$tgt" "$vocab" "$text/clean" "$text/valid" "${tests[@]/#/$text/}" -- "${piece_flags[@]}" \
     --max-pieces "$pieces" --long-lines "$long_lines"
 step preprocess "" preprocess "$src" "$tgt" "${#tests[@]}"
-step train "$WORK/$name/averaged.pt" train "$name" "${flags[@]}"
+train_model() { longer copy && train "$@"; }
+step train "$WORK/$name/averaged.pt" train_model "$name" "${flags[@]}"
 step average "$WORK/$name/averaged.pt" evomoe-average "$WORK/$name" --last "$average" --output "$WORK/$name/averaged.pt"
 for i in "${!tests[@]}"; do
     subset=test$([ "$i" = 0 ] || echo "$i")

@@ -13,6 +13,9 @@ options (defaults in parentheses):
   --classes DIR   with --task mlm, fine-tune on DIR/{train,dev}.tsv, whose columns are named by
                   --text "sentence1 sentence2" (sentence) and --label NAME (label), as in GLUE
   --vocab N, --updates N, --seed N (1), --out DIR (work/<corpus>)
+  --devices N     train on N GPUs, or in N processes on a CPU; an update then has N times as many tokens
+                  (all GPUs; one process on a CPU)
+  --resume        go on from the training of this model with the most updates below --updates
   --remake        delete results in --out that were made from other data or with other options
   --print         print the training command and stop, for use with torchrun or Slurm
   -- FLAGS        pass further flags to fairseq-train
@@ -20,8 +23,9 @@ TEXT
 }
 
 . recipes/lib/options.sh
-data= task=lm model=evomoe size=base seed=1 classes= text=sentence label=label print= remake= out=
-parse_options "task model size data classes text label vocab updates seed out" "print remake" "$@"
+data= task=lm model=evomoe size=base seed=1 classes= text=sentence label=label print= remake= out= devices= resume=
+parse_options "task model size data classes text label vocab updates seed devices out" "resume print remake" "$@"
+check_numbers devices vocab updates || exit 2
 data=$(folder_from_caller --data "$data") || exit 2
 classes=$(folder_from_caller --classes "$classes") || exit 2
 WORK=$(from_caller "$out")
@@ -45,6 +49,8 @@ extras=${extras:-plots}
 . recipes/lib/environment.sh
 . recipes/lib/translation.sh
 name=$task-$model-$size-$updates-seed$seed
+runs=$task-$model-$size-{}-seed$seed
+before=$(longer flags)
 if [ "$task" = lm ]; then
     arch=(--arch transformer_lm_evomoe --decoder-embed-dim "$width" --decoder-ffn-embed-dim "$hidden"
         --decoder-layers "$layers" --decoder-attention-heads "$heads" --share-decoder-input-output-embed)
@@ -60,7 +66,7 @@ flags+=(
     --weight-decay 0.01 --lr "$lr" --lr-scheduler inverse_sqrt --warmup-updates "$warmup"
     --max-tokens "$tokens" --max-update "$updates" --seed "$seed" --save-interval-updates "$every"
     --keep-interval-updates 1 --no-epoch-checkpoints --required-batch-size-multiple 1
-    --log-format json --log-interval $((every < 25 ? every : 25)) "${rest[@]}"
+    --log-format json --log-interval $((every < 25 ? every : 25)) $(devices_flags) $before "${rest[@]}"
 )
 if [ -n "$print" ]; then
     printf '%q ' fairseq-train "$WORK/bin" --user-dir "$USER_DIR" --save-dir "$WORK/$name" "${flags[@]}"
@@ -112,7 +118,8 @@ fi
 if [ ! -e "$WORK/$name/done" ]; then
     echo "train $name"
     mkdir -p "$WORK/$name"
-    run_step --step train --log "$WORK/$name/train.log" --append --updates "$updates" -- \
+    longer copy
+    OMP_NUM_THREADS=$(threads_of_a_worker) run_step --step train --log "$WORK/$name/train.log" --append --updates "$updates" -- \
         fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" --num-workers 0 "${flags[@]}"
     touch "$WORK/$name/done"
 fi

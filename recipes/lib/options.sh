@@ -46,3 +46,11 @@ folder_from_caller() {
     [ -z "$path" ] || [ -d "$path" ] || { echo "$1 $2: there is no folder $path" >&2; exit 2; }
     echo "$path"
 }
+
+# check_numbers NAMES...: each of the variables is empty or a whole number above 0
+check_numbers() {
+    local name
+    for name in "$@"; do
+        [[ ${!name:-1} =~ ^0*[1-9][0-9]*$ ]] || { echo "--$name ${!name}: give a whole number above 0" >&2; return 2; }
+    done
+}

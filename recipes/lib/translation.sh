@@ -8,6 +8,20 @@ CPU=$(python -c 'import torch; print("" if torch.cuda.is_available() else "--cpu
 # run_step OPTIONS -- COMMAND...: run a command with a log and a line of progress; see steps/run_step.py
 run_step() { python "$ROOT/recipes/steps/run_step.py" "$@"; }
 
+# devices_flags: flags of fairseq-train for $devices GPUs, or processes on a CPU; none if it is empty
+devices_flags() { [ -z "$devices" ] || echo "--distributed-world-size $devices"; }
+
+# threads_of_a_worker: how many threads each of the training's processes may use
+threads_of_a_worker() {
+    local threads=$((OMP_NUM_THREADS / ${devices:-1}))
+    echo $((threads > 0 ? threads : 1))
+}
+
+# longer flags|copy: with --resume, see steps/longer.py; $runs is the name of the runs, with {} for the updates
+longer() {
+    [ -z "$resume" ] || python "$ROOT/recipes/steps/longer.py" --work "$WORK" --runs "$runs" --updates "$updates" "$1"
+}
+
 # number_after FLAG ARGUMENTS...: the last value of a flag in a list of flags
 number_after() {
     local flag=$1 found=0
@@ -51,7 +65,7 @@ train() {
     local name=$1
     shift
     mkdir -p "$WORK/$name"
-    run_step --step train --log "$WORK/$name/train.log" --append --updates "$(number_after --max-update "$@")" -- \
+    OMP_NUM_THREADS=$(threads_of_a_worker) run_step --step train --log "$WORK/$name/train.log" --append --updates "$(number_after --max-update "$@")" -- \
         fairseq-train "$WORK/bin" --user-dir "$USER_DIR" $CPU --save-dir "$WORK/$name" \
         --num-workers 0 "${TRAINING[@]}" "$@"
 }

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.."
 
 usage() { sed -n '2,11s/^# \{0,1\}//p' recipes/quickstart/run.sh >&2; }
 . recipes/lib/options.sh
-data= source_lang=en target_lang=de updates=1000 vocab=1000 max_tokens=1536 seed=1 long_lines=stop remake= out=
+data= source_lang=en target_lang=de updates=1000 vocab=1000 max_tokens=1536 seed=1 long_lines=stop remake= out= devices=
 parse_options "data source-lang target-lang updates vocab max-tokens seed long-lines out" "remake" "$@"
 data=$(folder_from_caller --data "$data") || exit 2
 WORK=$(from_caller "$out")

@@ -2,9 +2,10 @@
 
     eval "$(python recipes/steps/corpus.py recipes/wmt14_en_de/corpus.toml)"
 
-sets the variables that a shell recipe needs of it.
+sets the variables that a shell recipe needs of it. --tests and --vocab replace what the file says.
 """
 
+import argparse
 import shlex
 import sys
 import tomllib
@@ -77,8 +78,13 @@ def _part(entry: dict[str, Any]) -> Part:
     )
 
 
-def read(path: Path) -> Corpus:
+def read(path: Path, *, tests: str = "", vocab: int | None = None) -> Corpus:
     """Read the corpus that a file describes.
+
+    Args:
+        path: the file.
+        tests: names of other test sets, separated by commas; each is two plain files NAME.LANG.
+        vocab: another number of pieces.
 
     Raises:
         SystemExit: the file cannot be read, or an entry is missing or unknown.
@@ -89,6 +95,11 @@ def read(path: Path) -> Corpus:
         table["test"] = [_part(p) for p in table["test"]]
         if "valid" in table:
             table["valid"] = _part(table["valid"])
+        if tests:
+            sides = table["source"], table["target"]
+            table["test"] = [Part(*([f"{n}.{x}"] for x in sides), n) for n in tests.split(",")]
+        if vocab is not None:
+            table["vocab"] = vocab
         corpus = Corpus(**table)
     except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         sys.exit(f"{path}: {error}")
@@ -127,7 +138,14 @@ def shell_variables(corpus: Corpus) -> str:
     return "\n".join([*lines, *(f"{name}=({shlex.join(v)})" for name, v in lists.items())])
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--tests", default="", help="names of other test sets, with commas between")
+    parser.add_argument("--vocab", type=int, help="another number of pieces")
+    args = parser.parse_args()
+    print(shell_variables(read(args.corpus, tests=args.tests, vocab=args.vocab)))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("give one corpus.toml")
-    print(shell_variables(read(Path(sys.argv[1]))))
+    main()

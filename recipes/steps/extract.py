@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--archives", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mirror", type=Path, help="folder that may have plain SPLIT.LANG files")
+    parser.add_argument("--tests", default="", help="test sets in --mirror to take instead")
     parser.add_argument("--any-lines", action="store_true", help="do not check numbers of lines")
     parser.add_argument(
         "--drop-broken-lines",
@@ -86,7 +87,7 @@ def main() -> None:
         help="leave out training pairs with a line that is not UTF-8 text, and count them",
     )
     args = parser.parse_args()
-    spec = corpus.read(args.corpus)
+    spec = corpus.read(args.corpus, tests=args.tests)
     languages = spec.source, spec.target
     args.out.mkdir(parents=True, exist_ok=True)
     for split, parts in spec.split().items():

@@ -5,6 +5,7 @@ import torch
 from conftest import build, train, train_args, valid_batch
 from fairseq.logging import metrics
 
+from fairseq_evomoe.criterions.rerouted import log_rerouted
 from fairseq_evomoe.criterions.routing_metrics import (
     RoutingLossConfig,
     RoutingLosses,
@@ -113,6 +114,31 @@ def test_active_experts_and_load_match_the_layers(toy):
     assert log["moe_tokens"].tolist() == [source, batch["ntokens"]]
     for row, mask in zip(log["moe_load"], active, strict=True):
         assert torch.equal(row, mask.sum(0).float())
+
+
+def test_rerouted_tokens_are_counted_from_one_validation_to_the_next(toy):
+    """Equal weights reroute nobody; after the gate's experts change places, everybody is."""
+    criterion, model, batch = batch_of(toy, "--dts-noise", "none")
+    model.eval()
+    first = criterion(model, batch)[2]
+    assert not first["moe_compared"] and not first["moe_changed"]
+    (_, layer), _ = list(moe_layers(model))
+    same = criterion(model, batch)[2]
+    tokens = float(sum(same["moe_tokens"]))
+    assert float(same["moe_compared"]) == tokens and not same["moe_changed"]
+    with torch.no_grad():
+        for p in layer.gate.parameters():
+            if p.size(0) == layer.cfg.moe_expert_count:
+                p.copy_(p.roll(1, 0))
+    changed = criterion(model, batch)[2]
+    assert float(changed["moe_compared"]) == tokens
+    assert float(changed["moe_changed"]) >= float(same["moe_tokens"][0])
+    with metrics.aggregate() as seen:
+        log_rerouted([changed, same])
+    share = float(changed["moe_changed"]) / (2 * tokens)
+    assert seen.get_smoothed_values()["moe_rerouted"] == pytest.approx(share, abs=1e-4)
+    model.train()
+    assert "moe_compared" not in criterion(model, batch)[2]
 
 
 def test_update_freq_sees_the_same_tokens(toy, tmp_path):

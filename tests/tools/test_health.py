@@ -4,12 +4,22 @@ import math
 
 import pytest
 
-from fairseq_evomoe.compat.running import DETAIL
+from fairseq_evomoe.compat.loggers import DETAIL
 from fairseq_evomoe.tools.health import health, summary
 from fairseq_evomoe.tools.run_log import RunLog
 
 
-def run(*, updates=60, spawn=20, hard=40, loss=None, shares=None, entropy=0.7, **more):
+def run(
+    *,
+    updates=60,
+    spawn=20,
+    hard=40,
+    loss=None,
+    shares=None,
+    entropy=0.7,
+    rerouted=(0.5, 0.1),
+    **more,
+):
     """The log of a run with one layer of 4 experts; by default nothing is wrong with it."""
     rows = []
     for n in range(1, updates + 1):
@@ -25,6 +35,8 @@ def run(*, updates=60, spawn=20, hard=40, loss=None, shares=None, entropy=0.7, *
             row["loss"] = loss(n)
         rows.append(row | {k: v for k, v in more.items() if k == "moe_load_max_mean" and stage})
     valid = [{"num_updates": n, "loss": 5 - n / 30} for n in (20, 40, 60)]
+    for row, share in zip(valid[1:], rerouted, strict=True):
+        row["moe_rerouted"] = share
     return RunLog("run", train=rows, valid=valid)
 
 
@@ -42,7 +54,17 @@ def test_a_healthy_run_has_nothing_that_stands_out():
     assert said["Time per update"] == "diversify 250 ms, sparsify 500 ms, hard 200 ms"
     assert "2.50 times" in findings[-1].threshold
     assert set(said) == {
-        *("Numbers", "Stage", "Experts", "Balance", "Drift", "Router", "Split", "Hard switch"),
+        *(
+            "Numbers",
+            "Stage",
+            "Experts",
+            "Balance",
+            "Drift",
+            "Router",
+            "Flapping",
+            "Split",
+            "Hard switch",
+        ),
         *("Over-fitting", "Time per update"),
     }
 
@@ -64,6 +86,8 @@ def test_a_healthy_run_has_nothing_that_stands_out():
         ),
         ("Router", "look", {"entropy": 0.001}, "certain"),
         ("Router", "look", {"entropy": math.log(4)}, "hardly"),
+        ("Flapping", "look", {"rerouted": (0.6, 0.4)}, "40.0%"),
+        ("Flapping", "bad", {"rerouted": (0.5, 0.6)}, "60.0%"),
         ("Split", "look", {"loss": lambda n: 4.4 if 20 < n < 30 else 4.0}, "after 10 updates"),
         ("Split", "bad", {"loss": lambda n: 6.0 if 20 < n < 30 else 4.0}, "50.0%"),
         ("Hard switch", "look", {"loss": lambda n: 4.0 if n <= 40 else 4.1}, "not yet"),

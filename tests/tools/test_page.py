@@ -1,20 +1,26 @@
 """tools/page.py: logs, experts and scores on one self-contained page."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, tool, train_args
+from conftest import ROOT, run, tool, train_args
 
 from fairseq_evomoe.modules.moe_layer import moe_layers
-from fairseq_evomoe.tools import checkpoint, page, report
+from fairseq_evomoe.tools import checkpoint, markup, page, report
 from fairseq_evomoe.tools.run_log import read_log
+from fairseq_evomoe.tools.samples import samples
 from fairseq_evomoe.tools.specialists import activity, similarity, specialists, watch
+from fairseq_evomoe.tools.words import words_of
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--max-update", 12)
 
@@ -37,7 +43,7 @@ class Reader(HTMLParser):
         self.open, self.headings, self.references = [], [], []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "br") and not tag.startswith("svg:"):
+        if tag not in ("meta", "br", "input") and not tag.startswith("svg:"):
             self.open.append(tag)
         self.references += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
 
@@ -77,7 +83,7 @@ def test_specialists_add_up(trained, toy):
     model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
     task.load_dataset("valid")
     seen = watch(model, task, subset="valid", max_tokens=500)
-    found = specialists(task, seen, most=10**6)
+    found = specialists(seen, most=10**6)
     assert list(found) == ["encoder.1", "decoder.1"]
     for experts in found.values():
         assert sum(e.share for e in experts) == pytest.approx(1)
@@ -152,32 +158,176 @@ def test_the_page_is_whole(made):
     reader.feed(text)
     assert not reader.open and not reader.references
     headings = "Runs, Loss, Evolution, Load of the experts: a<b, What a token costs, "
-    headings += "How alike the experts are, Which words go where, Translation"
+    headings += "How alike the experts are, Sentences with the experts of their pieces, "
+    headings += "Which words go where, Translation"
     for heading in headings.split(", "):
         assert heading in "".join(reader.headings), heading
     assert "a&lt;b" in text and "<script" not in text and "url(http" not in text
-    score = re.search(r"<td>model</td><td>([\d.]+)</td><td>([\d.]+) ± ([\d.]+)</td>", text)
+    score = re.search(
+        r"<th scope=\"row\">model</th><td>([\d.]+)</td><td>([\d.]+) ± ([\d.]+)</td>", text
+    )
     assert 50 < float(score[1]) < 100 and float(score[3]) > 0
     assert {p.stem for p in (made / "png").glob("*.png")} >= {"losses", "evolution", "likeness"}
     assert not list(made.glob("*.partial"))
 
 
-def test_a_browser_shows_it(made):
-    """A headless browser renders the page, and the screenshot is not blank."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+@pytest.fixture
+def browser(tmp_path):
+    """A function that runs a headless browser with flags and returns what it prints."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
         pytest.skip("chromium is not installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
-    url = f"file://{made / 'page.html'}"
-    shot = made / "shot.png"
-    sized = ["--window-size=1300,3000", f"--screenshot={shot}"]
-    subprocess.run([browser, *flags, *sized, url], check=True, capture_output=True, timeout=120)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+
+    def call(*more):
+        command = [found, *flags, *map(str, more)]
+        return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout.decode()
+
+    return call
+
+
+def pixels_of(browser, page, shot, width, height):
+    """A screenshot of the page as grey values, (height, width)."""
+    browser(f"--window-size={width},{height}", f"--screenshot={shot}", f"file://{page}")
     from matplotlib.image import imread
 
-    pixels = imread(shot)[..., :3].mean(-1)
+    return imread(shot)[..., :3].mean(-1)
+
+
+def test_a_browser_shows_it(made, browser):
+    """The page is drawn and not blank; a run whose box is not ticked is gone from the figures."""
+    pixels = pixels_of(browser, made / "page.html", made / "shot.png", 1300, 3000)
     assert pixels.shape == (3000, 1300)
     inked = (pixels < 0.9).any(1)
     assert inked[:2000].mean() > 0.5, "most rows of the page show something"
+    text = (made / "page.html").read_text(encoding="utf-8")
+    assert text.count("checked>") == 2
+    (made / "off.html").write_text(text.replace(" checked>", ">"), encoding="utf-8")
+    off = pixels_of(browser, made / "off.html", made / "off.png", 1300, 3000)
+    lost = (pixels < 0.9).sum() - (off < 0.9).sum()
+    assert lost > 0, "lines, marks and the runs' own sections are hidden"
+
+
+AXE = """<script>AXE</script><script>
+axe.run(document, {resultTypes: ["violations"]}).then(found => {
+  const said = found.violations.map(v => v.id + ": " + v.nodes[0].html.slice(0, 200));
+  const shown = document.createElement("pre");
+  shown.id = "axe";
+  shown.textContent = JSON.stringify({said, passed: found.passes.length, wide:
+    document.documentElement.scrollWidth > window.innerWidth});
+  document.body.append(shown);
+});
+</script></body>"""
+
+
+@pytest.mark.parametrize("width", [1300, 500])
+def test_accessibility_checker(made, browser, width):
+    """axe-core finds no violation, on a desk and on a phone; the page is not wider than a phone."""
+    axe = next(Path(sys.prefix, "beside").glob("axe_*/axe.min.js"), None)
+    if axe is None:
+        pytest.skip("axe is not installed; tests/run.sh says how")
+    text = (made / "page.html").read_text(encoding="utf-8")
+    checker = AXE.replace(
+        "AXE", axe.read_text(encoding="utf-8").replace("</script", "<\\/script"), 1
+    )
+    checked = made / "axe.html"
+    checked.write_text(text.replace("</body>", checker), encoding="utf-8")
+    size = f"--window-size={width},900"
+    dom = browser(size, "--virtual-time-budget=60000", "--dump-dom", f"file://{checked}")
+    found = json.loads(html.unescape(re.search(r'<pre id="axe">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert found["said"] == [] and found["passed"] > 10 and not found["wide"]
+
+
+def test_points_say_their_values(made, trained):
+    """Under the pointer each point names its run, update and loss, as the log has them."""
+    text = (made / "page.html").read_text(encoding="utf-8")
+    log = read_log(trained / "train.log")
+    for name in ("a&lt;b", trained.name):
+        for row in log.train:
+            said = f"{name}: updates {row['num_updates']:,.6g}, {row['loss']:,.4g}"
+            assert f"<title>{said}</title>" in text
+    assert text.count('class="points of-run-0"') == text.count('class="points of-run-1"') == 8
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    links = re.findall(r' href="#([^"]+)"|url\(#([^)]+)\)', text)
+    assert len(links) > 100 and all("".join(pair) in ids for pair in links)
+    assert text.count(' href="data:image/png') >= 4, "heat maps, one a layer and run"
+    assert "xlink" not in text and "ns0:" not in text and "ns1:" not in text
+
+
+def test_sentences_are_shown_with_their_experts(trained, toy):
+    """Pieces are those that the layers read, each with the experts that the gate chose for it."""
+    model, _, task = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
+    task.load_dataset("valid")
+    layers = [layer for _, layer in moe_layers(model)]
+    two = lambda gate, args, plan: replace(plan, active=plan.probs >= plan.probs.topk(2)[0][:, 1:])
+    layers[0].gate.register_forward_hook(two)
+    found = list(samples(model, task, subset="valid", count=2))
+    lines = {lang: (toy / f"valid.{lang}").read_text().splitlines() for lang in ("en", "de")}
+    for i, sample in enumerate(found):
+        at = i * len(lines["en"]) // 2
+        for text, line in (("source", lines["en"][at]), ("reference", lines["de"][at])):
+            pairs = zip(sample.texts[text].split(), line.split(), strict=True)
+            assert all(shown in (word, "<unk>") for shown, word in pairs)
+        read = sample.layers["encoder.1"]
+        assert [p.text for p in read] == [*sample.texts["source"].split(), "</s>"]
+        assert all(len(p.experts) == 2 and p.experts[0][1] >= p.experts[1][1] for p in read)
+        written = sample.layers["decoder.1"]
+        assert [p.text for p in written][1:] == sample.texts["translation"].split()
+        assert all(len(p.experts) == 1 for p in written)
+    shown = markup.sample(found[0], 1)
+    (expert, weight), _ = found[0].layers["encoder.1"][0].experts
+    assert f'class="piece e{expert}" title="expert {expert} with weight {weight:.2f}, ' in shown
+
+
+def test_looks_of_experts_differ():
+    """Each of 32 experts has another pair of colour and pattern, and neighbours differ in both."""
+    rules = re.findall(r"background:(.*?);border-bottom-style:(.*?)}", markup.expert_rules(32))
+    assert len(rules) == len(set(rules)) == 32
+    for (colour, line), (other, next_line) in pairwise(rules):
+        assert colour != other and line != next_line
+
+
+@pytest.mark.parametrize(
+    "pieces, words",
+    [
+        ("▁das ▁Haus meister </s>", "das Hausmeister Hausmeister </s>"),
+        ("das Haus@@ meister </s>", "das Hausmeister Hausmeister </s>"),
+        ("</s> ▁ <0xC3> <0xA4> h", "</s> äh äh äh äh"),
+        ("das Haus", "das Haus"),
+        ("ung ▁da", "ung da"),
+    ],
+)
+def test_pieces_are_put_together(pieces, words):
+    """Each piece is counted for the whole word, whichever marks the pieces have."""
+    split = pieces.split()
+    assert words_of(split, [p == "</s>" for p in split]) == words.split()
+
+
+def test_watching_a_training(trained, tmp_path):
+    """The page is written while the training runs and once more at its end; a log may come late."""
+    log, out = tmp_path / "train.log", tmp_path / "page.html"
+    text = (trained / "train.log").read_text()
+    end = text.index("| train_inner | {", text.index("| train_inner | {") + 1)
+    command = ["page", "--log", str(log), "--watch", "1", "--output", str(out)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fairseq_evomoe.tools.report", *command],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert "waiting" in process.stdout.readline()
+        log.write_text(text[: text.rindex("\n", 0, end) + 1])
+        while "waiting" in (said := process.stdout.readline()):
+            pass
+        assert str(out) in said
+        assert '<meta http-equiv="refresh" content="1">' in out.read_text(encoding="utf-8")
+        log.write_text(text)
+        assert process.wait(60) == 0
+    assert "http-equiv" not in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +335,9 @@ def test_a_browser_shows_it(made):
     [
         ((), "there is nothing to report on"),
         (("--hypothesis", "x"), "go together"),
+        (("--checkpoint", "x", "--watch", "5"), "--watch 5: .* a --log to follow"),
+        (("--log", "x", "--watch", "0"), "--watch 0: give seconds above 0"),
+        (("--log", "x", "--samples", "-1"), "--samples -1: "),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, flags, said):
@@ -211,8 +364,8 @@ def test_hypotheses_are_lines(tmp_path):
     """Separators other than a line feed end no line; a file that is not text is named."""
     for name in ("reference", "hypothesis"):
         (tmp_path / name).write_bytes("ein\x0b Haus\u2028 steht\r\nda\n".encode())
-    html = page.bleu_rows(tmp_path / "reference", [("x", tmp_path / "hypothesis")])
-    assert "100.00" in html
+    shown = page.bleu_rows(tmp_path / "reference", [("x", tmp_path / "hypothesis")])
+    assert "100.00" in shown
     (tmp_path / "hypothesis").write_bytes(b"ein\nH\xe4user\n")
     with pytest.raises(ValueError, match="hypothesis, line 2, is not UTF-8 text"):
         page.bleu_rows(tmp_path / "reference", [("x", tmp_path / "hypothesis")])

@@ -146,5 +146,5 @@ for i in "${!tests[@]}"; do
 done
 if [ "$model" != dense ] && [ "$model" != memoryformer ]; then
     step score "" python recipes/steps/plot_training.py --log "$WORK/$name/train.log" --out "$WORK/$name/evolution.png"
-    step score "" page "$name" "$text/${tests[0]}.$tgt"
 fi
+step score "" page "$name" "$text/${tests[0]}.$tgt"

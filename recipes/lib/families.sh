@@ -7,7 +7,9 @@ family_flags() {
         evomoe) echo --moe-freq 2 --moe-expert-count "$experts" ;;
         switch | gshard | base | hash) echo --moe-freq 2 --moe-expert-count "$experts" --moe-gate "$1" ;;
         stable) echo --moe-freq 2 --moe-expert-count "$experts" --moe-gate stable --moe-gate-loss-wt 0.3 ;;
-        memoryformer) echo --moe-freq 0 --memory-ffn --memory-attention --memory-bits 4 ;;
+        # the form with the lowest loss so far; see docs/look_up_layers.md
+        memoryformer) echo --moe-freq 0 --memory-ffn --memory-attention --memory-bits 4 --memory-score l1 \
+            --memory-linear --memory-straight-through ;;
         *) echo "--model $1: choose dense, evomoe, switch, gshard, base, hash, stable or memoryformer" >&2; return 2 ;;
     esac
 }

@@ -87,8 +87,13 @@ def test_documents_become_text(texts, tmp_path):
     said = run(*command, "--out", tmp_path / "o", "--every", 10**6, env=home)
     assert "train: 118 documents" in said
     sizes = ("--size", "tiny", "--vocab", 400, "--updates", 6, "--task", "lm")
-    said = recipe("openwebtext", *sizes, "--data", tmp_path / "out", "--out", tmp_path / "w")
+    command = ("openwebtext", *sizes, "--data", tmp_path / "out", "--out", tmp_path / "w")
+    said = recipe(*command, "--devices", 2)
     assert "perplexity" in said
+    log = (tmp_path / "w/lm-evomoe-tiny-6-seed1/train.log").read_text()
+    assert "training on 2 devices" in log
+    said = recipe(*command, "--updates", 8, "--resume")
+    assert "goes on from" in said and "perplexity" in said
 
 
 def test_columns_that_are_not_there(tmp_path):

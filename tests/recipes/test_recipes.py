@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import re
 import sys
 import tarfile
 import threading
@@ -282,7 +283,10 @@ def test_print_gives_the_command_that_trains(tmp_path):
         model: recipe("wmt14_en_de", "--model", model, "--print", "--out", tmp_path / "w")
         for model in ("dense", "evomoe")
     }
+    said = recipe("wmt14_en_de", "--devices", 2, "--print", "--out", tmp_path / "w")
+    assert "--distributed-world-size 2" in said
     for line in lines.values():
+        assert "--distributed-world-size" not in line
         assert "--arch transformer_evomoe_wmt_en_de " in line and "--max-update 100000" in line
     assert "--moe-expert-count 8" in lines["evomoe"] and "--moe-freq 0" in lines["dense"]
 
@@ -344,22 +348,50 @@ def test_quickstart_on_own_files(tmp_path):
 
 
 def test_multi30k_on_local_files(tmp_path):
-    """The recipe trains and scores both test sets, on local files in place of the download."""
+    """The recipe trains on local files, scores other test sets, and goes on to more updates."""
     data = tmp_path / "data"
     data.mkdir()
     splits = grammar.corpus(train=300, valid=20, test=21, seed=8)
-    names = {"train": "train", "valid": "valid", "test": "test2016", "test_comp": "test2017"}
+    names = {"train": "train", "valid": "valid", "test": "test2017", "test_comp": "mine"}
     for split, name in names.items():
         for side, lang in ((0, "en"), (1, "de")):
             text = "".join(p[side] + "\n" for p in splits[split])
             (data / f"{name}.{lang}").write_text(text, encoding="utf-8")
-    out = recipe(
-        *("multi30k", "--data", data, "--model", "evomoe"),
-        *("--updates", 20, "--out", tmp_path / "m", "--", "--max-tokens", 600),
-    )
+    command = ("multi30k", "--data", data, "--tests", "test2017,mine", "--vocab", 300)
+    command += ("--model", "evomoe", "--out", tmp_path / "m")
+    flags = ("--", "--max-tokens", 600)
+    out = recipe(*command, "--updates", 40, *flags)
     assert out.count("nrefs:1|bs:1000|seed:12345|case:mixed") == 2
     names = [json.loads(x)["name"] for x in (tmp_path / "m/scores.jsonl").read_text().splitlines()]
-    assert names == [f"evomoe-small-20-seed1 {t}" for t in ("test2016", "test2017")]
+    assert names == [f"evomoe-small-40-seed1 {t}" for t in ("test2017", "mine")]
+    assert len((tmp_path / "m/pieces/spm.vocab").read_text(encoding="utf-8").splitlines()) == 300
+    said = recipe(*command, "--vocab", 400, "--updates", 40, *flags, ok=False)
+    assert "vocab: 300 -> 400" in said
+
+    # more updates go on from these, with the schedule that these had
+    out = recipe(*command, "--steps", "train", "--updates", 50, "--resume", *flags)
+    assert f"goes on from {tmp_path}/m/evomoe-small-40-seed1" in out
+    log = (tmp_path / "m/evomoe-small-50-seed1/train.log").read_text()
+    updates = re.findall(r'train_inner .*"num_updates": "(\d+)"', log)
+    assert list(map(int, updates)) == sorted(set(map(int, updates))) and updates[-1] == "50"
+    (flags_of_run,) = re.findall(r"'evo_spawn_update': 2, .*'dts_anneal_updates': 4,", log)
+    assert flags_of_run
+    assert recipe(*command, "--steps", "train", "--updates", 50, "--resume", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--tests", "mine"), "--tests mine: these test sets are read from --data"),
+        (("--devices", "two"), "--devices two: give a whole number above 0"),
+        (("--vocab", "0"), "--vocab 0: give a whole number above 0"),
+        (("--resume",), "has no evomoe-small-<fewer updates>-seed1/checkpoint_last.pt to go on"),
+    ],
+)
+def test_wrong_options_of_a_corpus_recipe(tmp_path, flags, said):
+    """They stop the recipe before anything is downloaded, and nothing is written."""
+    out = recipe("multi30k", "--out", tmp_path / "w", *flags, ok=False)
+    assert said in out and not (tmp_path / "w").exists()
 
 
 def test_recipes_refuse_unknown_options():

@@ -158,3 +158,31 @@ def test_import_does_no_work(checkout, environment, tmp_path):
     out = run(python, "-B", "-c", script, checkout, cwd=tmp_path)
     assert "evomoe" not in out.lower()
     assert os.listdir(tmp_path) == ["env"]
+
+
+def test_fairseq_from_wheels(environment, toy, tmp_path):
+    """With fairseq as a wheel and without a compiler, the plugin trains and translates."""
+    wheel = Path(sys.prefix, "beside/ve-fairseq")
+    if not wheel.exists():
+        pytest.skip("ve-fairseq is not installed beside the environment; tests/run.sh says how")
+    python, packages = environment
+    for entry in list(packages.iterdir()):
+        if entry.name.startswith("fairseq"):
+            shutil.rmtree(entry) if not entry.is_symlink() else entry.unlink()
+    for entry in wheel.iterdir():
+        if not (packages / entry.name).exists():
+            (shutil.copytree if entry.is_dir() else shutil.copy)(entry, packages / entry.name)
+    env = {"PATH": str(python.parent), "EVOMOE_CACHE": str(tmp_path / "cache")}
+    flags = ("--max-update", 6, "--evo-spawn-update", 2, "--dts-anneal-updates", 2)
+    run(python, "-m", "fairseq_cli.train", *train_args(toy, tmp_path / "m", *flags), env=env)
+    out = run(
+        *(python, "-m", "fairseq_cli.generate", toy / "bin", "--user-dir", ROOT / "fairseq_evomoe"),
+        *("--path", tmp_path / "m/checkpoint_last.pt", "--cpu", "--beam", 2, "--max-tokens", 400),
+        env=env,
+    )
+    lines = len((toy / "test.en").read_text().splitlines())
+    assert len([x for x in out.splitlines() if x.startswith("H-")]) == lines
+    # it ends with an error here, because the plugin is not installed but read from the checkout
+    doctor = run(python, "-m", "fairseq_evomoe.tools.doctor", env=env, cwd=ROOT, ok=False)
+    assert "0.12.3 (ve-fairseq)" in doctor and "C++ compiler: none" in doctor
+    assert not list((tmp_path / "cache").glob("*.so"))

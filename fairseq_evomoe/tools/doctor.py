@@ -32,8 +32,11 @@ from fairseq_evomoe.kernels.lookup import cpu
 from fairseq_evomoe.kernels.lookup.lookup import lookup
 from fairseq_evomoe.tools.checkpoint import command
 
+FAIRSEQ = ("fairseq-fixed", "ve-fairseq")
+"""Distributions of fairseq with which this package works; either will do."""
+
 PACKAGES = (
-    *("fairseq-evomoe", "fairseq-fixed", "torch", "numpy", "hydra-core", "omegaconf"),
+    *("fairseq-evomoe", "torch", "numpy", "hydra-core", "omegaconf"),
     *("sacrebleu", "sentencepiece", "triton", "matplotlib", "safetensors"),
 )
 OPTIONAL = {
@@ -69,9 +72,20 @@ class Finding:
         return f"{line}\n      -> {self.advice}" if self.advice else line
 
 
+def fairseq() -> Finding:
+    """Which distribution of fairseq is installed."""
+    for name in FAIRSEQ:
+        try:
+            return Finding("fairseq", f"{version(name)} ({name})")
+        except PackageNotFoundError:
+            pass
+    return Finding("fairseq", "not installed", f"pip install {FAIRSEQ[0]}", needed=True)
+
+
 def packages() -> Iterator[Finding]:
     """Versions of what this package uses."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield fairseq()
     for name in PACKAGES:
         try:
             yield Finding(name, version(name))

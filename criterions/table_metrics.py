@@ -24,7 +24,7 @@ def count_rows(model: nn.Module, counts: RowCounts) -> dict[str, Any]:
     Args:
         counts: what the look-up layers of the model read in this batch.
     """
-    layers = [m for m in model.modules() if isinstance(m, MemoryLayer)]
+    layers = [m for m in model.modules() if isinstance(m, MemoryLayer) and not m.is_dense]
     if not layers:
         return {}
     shapes = [layer.tables.shape[:2] for layer in layers]

@@ -326,6 +326,7 @@ class EvolutionConfig(SplitConfig, ParallelConfig):
     )
     max_update: int = II("optimization.max_update")
     seed: int = II("common.seed")
+    train_subset: str = II("dataset.train_subset")
     ddp_backend: str = II("distributed_training.ddp_backend")
     zero_sharding: str = II("distributed_training.zero_sharding")
     write_checkpoints_asynchronously: bool = II("checkpoint.write_checkpoints_asynchronously")

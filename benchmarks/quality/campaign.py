@@ -57,6 +57,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "look-ups": (*WHOLE, "--memory-score", "abs_prob"),
     "look-ups linear": (*WHOLE, "--memory-score", "abs_prob", "--memory-linear"),
     "look-ups l1": (*WHOLE, "--memory-score", "l1", *LINEAR),
+    "look-ups spawned": (
+        *(*WHOLE, "--memory-score", "l1", *LINEAR),
+        *("--memory-out-proj", "dense", "--memory-spawn-update", "400"),
+    ),
     "look-ups FFN l1": (*LOOK_UPS, "--memory-score", "l1", *LINEAR),
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""

@@ -78,6 +78,11 @@ class MemoryConfig(Flags):
     memory_straight_through: bool = option(
         False, "let the signs of --memory-linear pass a straight-through gradient to the input"
     )
+    memory_spawn_update: int = option(
+        0,
+        "update at which layers that are dense until then become look-ups, with tables fitted to "
+        "them; 0 means look-ups from the start",
+    )
     memory_dropout: float = option(
         0.0, "probability that a token does not read a table during training (abs_prob and l1)"
     )
@@ -143,6 +148,23 @@ class MemoryConfig(Flags):
             "--memory-tables",
             "converted tables have no linear part: leave out --memory-linear",
         )
+        self.need(self.memory_spawn_update >= 0, "--memory-spawn-update", "must be 0 or more")
+        if self.memory_spawn_update:
+            self.need(
+                self.memory_linear,
+                "--memory-spawn-update",
+                "the linear part is the dense layer that tables grow from: give --memory-linear",
+            )
+            self.need(
+                not self.memory_parallel,
+                "--memory-spawn-update",
+                "look-ups beside dense layers replace nothing: leave out --memory-parallel",
+            )
+            self.need(
+                not self.memory_attention or self.memory_out_proj != "none",
+                "--memory-spawn-update",
+                "dense attention has an output projection: give --memory-out-proj dense or memory",
+            )
         self.need(
             self.memory_ffn or not self.memory_parallel,
             "--memory-parallel",

@@ -60,11 +60,11 @@ def fit(
     rows = codes(z)
     rest = y.float().clone()
     k_count, n, width = layer.tables.shape
-    tables = torch.zeros(k_count, n, width) if prior is None else prior.clone()
+    tables = torch.zeros(k_count, n, width, device=x.device) if prior is None else prior.clone()
     start = tables.clone()
     for k in range(k_count):
         rest -= score[:, k, None] * tables[k][rows[:, k]]
-    bias = torch.zeros(width)
+    bias = torch.zeros(width, device=x.device)
     for _ in range(sweeps):
         shift = rest.mean(0)
         bias += shift
@@ -73,8 +73,10 @@ def fit(
             p, row = score[:, k, None], rows[:, k]
             rest += p * tables[k][row]
             q = strength * float(p.square().mean())
-            total = torch.zeros(n, width).index_add_(0, row, p * rest) + q * start[k]
-            weight = torch.zeros(n).index_add_(0, row, p[:, 0].square()) + q
+            total = (
+                torch.zeros(n, width, device=x.device).index_add_(0, row, p * rest) + q * start[k]
+            )
+            weight = torch.zeros(n, device=x.device).index_add_(0, row, p[:, 0].square()) + q
             tables[k] = total / weight.clamp_min(1e-12)[:, None]
             rest -= p * tables[k][row]
     layer.fill(tables, bias)

@@ -3,7 +3,9 @@
 Letters: D input width, H output width, K tables, t bits per table (tau), N = 2^t rows per table.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -15,11 +17,12 @@ from fairseq_evomoe.kernels.lookup.score import codes
 from fairseq_evomoe.kernels.pages import large_pages
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.rule import HashRule, Tables
+from fairseq_evomoe.memory.spawning import Spawning, with_grads_of_idle
 from fairseq_evomoe.memory.storage import StoredTables
 from fairseq_evomoe.memory.usage import current_counts
 
 
-class MemoryLayer(StoredTables):
+class MemoryLayer(Spawning, StoredTables):
     """y = sum_k p(z_k) T_k[code(z_k)] + b, where z_k is the k-th slice of t values of x (eq. 11).
 
     K = ceil(D / t), and x is padded with zeros if t does not divide D. The input should be
@@ -31,6 +34,10 @@ class MemoryLayer(StoredTables):
     Under Adam, whose step does not depend on the scale of a parameter, this makes the learning rate
     of the tables s times as large, in any optimizer layout. With `--memory-linear` a table is the
     sum of rows and of a linear part in the units of a dense layer's weights, whose rate is `--lr`.
+
+    With `--memory-spawn-update` the layer is dense at first: it multiplies its input by the linear
+    part, which is initialised like `nn.Linear`'s weights. When it becomes a look-up, the linear
+    part stays and keeps the optimizer's moments, and the rows, which were 0, are fitted.
 
     Args:
         width: D.
@@ -53,6 +60,16 @@ class MemoryLayer(StoredTables):
         self.linear = None if drawn.linear is None else nn.Parameter(drawn.linear)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
         self._folded: tuple[Any, Tensor] | None = None
+        if cfg.memory_spawn_update:
+            assert self.linear is not None, "MemoryConfig.check"
+            nn.init.normal_(self.linear, std=1 / math.sqrt(3 * width))
+            nn.init.zeros_(self.tables)
+            self.begin_dense()
+
+    def dense_weight(self) -> Tensor:
+        """What the linear part multiplies an input by as a dense layer, (H, D)."""
+        assert self.linear is not None, "a layer that is dense at first has a linear part"
+        return self.linear.reshape(-1, self.linear.size(-1))[: self.rule.width].t()
 
     def extra_repr(self) -> str:
         k, n, h = self.tables.shape
@@ -117,6 +134,8 @@ class MemoryLayer(StoredTables):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., H), dtype of x."""
         self.refuse_tracing()
+        if self.is_dense:
+            return with_grads_of_idle(F.linear(x, self.dense_weight(), self.bias), self.tables)
         if self.training and self.converted:
             raise ValueError(
                 "--memory-tables bf16, fp32 and int8 are for inference; train the checkpoint that "
@@ -133,32 +152,69 @@ def build_norm(cfg: MemoryConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width) if cfg.memory_norm == "layer" else nn.RMSNorm(width)
 
 
-class MemoryFFN(nn.Module):
+class MemoryFFN(Spawning):
     """A feed-forward network of two look-ups without activation (section 2.4, the Memory Block).
 
     x -> look-up of t bits, width (t + delta) K -> norm -> look-up of t + delta bits, width D. What
     a dense FFN gains by its hidden width, this one gains by `--memory-delta` more bits. The input
     is the layer's normalised state.
 
+    With `--memory-spawn-update` it is the dense network FC2 act(FC1 x) at first.
+
     Args:
         width: D, of input and output.
         cfg: the flags.
         dropout: dropout probability of the hidden values during training.
+        fc1, fc2, activation: of the dense network, if it is dense at first.
     """
 
-    def __init__(self, width: int, cfg: MemoryConfig, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        cfg: MemoryConfig,
+        *,
+        dropout: float = 0.0,
+        fc1: nn.Linear | None = None,
+        fc2: nn.Linear | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        late = bool(cfg.memory_spawn_update)
+        # the look-ups stand in the place of the whole network, and not of a linear map each
+        cfg = replace(cfg, memory_spawn_update=0)
         wide = cfg.memory_bits + cfg.memory_delta
         count = -(-width // cfg.memory_bits)
         self.first = MemoryLayer(width, wide * count, cfg)
         self.norm = build_norm(cfg, wide * count)
         self.second = MemoryLayer(wide * count, width, cfg, bits=wide)
         self.dropout = dropout
+        if late:
+            assert fc1 is not None and fc2 is not None and activation is not None
+            self.fc1, self.fc2, self.activation = fc1, fc2, activation
+            self.begin_dense()
+
+    def _set_dense(self, is_dense: bool) -> None:
+        super()._set_dense(is_dense)
+        # they do not run, and nothing is counted for them
+        self.first.is_dense = self.second.is_dense = is_dense
+
+    def dense(self, x: Tensor) -> Tensor:
+        """FC2 act(FC1 x), the network of the beginning: (..., D) -> (..., D)."""
+        h = F.dropout(self.activation(self.fc1(x)), self.dropout, training=self.training)
+        return self.fc2(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        look_ups = (self.first, self.norm, self.second)
+        if self.is_dense:
+            return with_grads_of_idle(
+                self.dense(x), *(p for part in look_ups for p in part.parameters())
+            )
         h = self.norm(self.first(x))
-        return self.second(F.dropout(h, self.dropout, training=self.training))
+        y = self.second(F.dropout(h, self.dropout, training=self.training))
+        if not self.was_dense:
+            return y
+        return with_grads_of_idle(y, *self.fc1.parameters(), *self.fc2.parameters())
 
 
 class MemoryBesideFFN(nn.Module):

@@ -67,7 +67,10 @@ def build_ffn(
         return MemoryBesideFFN(
             *(dense.fc1, dense.fc2, memory), activation=dense.activation, dropout=dense.dropout
         )
-    return MemoryFFN(dense.fc1.in_features, memory, dropout=dense.dropout)
+    before: dict[str, Any] = {}
+    if memory.memory_spawn_update:
+        before = {"fc1": dense.fc1, "fc2": dense.fc2, "activation": dense.activation}
+    return MemoryFFN(dense.fc1.in_features, memory, dropout=dense.dropout, **before)
 
 
 def build_moe_layer(

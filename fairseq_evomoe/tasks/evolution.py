@@ -31,6 +31,7 @@ from fairseq_evomoe.tasks.checks import (
     on_cpu,
     schedule_of,
 )
+from fairseq_evomoe.tasks.spawning import spawn_tables_when_due
 from fairseq_evomoe.tasks.splitting import split_when_due
 from fairseq_evomoe.tasks.unused import setting_of, unused, unused_losses
 
@@ -48,6 +49,8 @@ class EvolutionMixin:
     args: Any
     can_reuse_epoch_itr: Callable[[Any], bool]
     _gate: Gate | None = None
+    spawn_update = 0
+    """Update at which dense layers become look-ups, `--memory-spawn-update`; 0 means never."""
     autocasts_on_cpu = False
     """Whether the criterion runs under torch's autocast to bfloat16: `--amp` on a CPU."""
 
@@ -84,6 +87,7 @@ class EvolutionMixin:
                 )
             logger.info("evolution: %s", schedule)
         if not from_checkpoint:
+            self.spawn_update = int(getattr(cfg, "memory_spawn_update", 0))
             for line in unused(setting_of(model, cfg, self.flags, spawn)):
                 logger.warning(line)
         return model
@@ -117,6 +121,7 @@ class EvolutionMixin:
         # the backward pass is a part of the step
         with self._products(model):
             split_when_due(model, optimizer, self.flags, update_num, sample)
+            spawn_tables_when_due(self, model, optimizer, update_num)
             if self._gate is None or not self._gate.cfg.moe_balance_bias:
                 return step()
             # without a gradient on the router this is the first micro-batch of an update: what was

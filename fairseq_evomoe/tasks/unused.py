@@ -137,7 +137,7 @@ RULES = (
         "a layer that is no MoE layer: give a larger --moe-freq, or --moe-expert-type memory",
     ),
     Rule(
-        ("memory_layers",),
+        ("memory_layers", "memory_spawn_update"),
         lambda s: s.memory.memory_ffn or s.memory.memory_attention,
         "--memory-ffn or --memory-attention",
     ),

@@ -17,7 +17,7 @@ from torch import nn
 
 from fairseq_evomoe.memory.attention import MemoryAttention
 from fairseq_evomoe.memory.experts import MemoryBank
-from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryLayer
+from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN, MemoryLayer
 from fairseq_evomoe.modules.gates import ScoreGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.schedule import Stage
@@ -68,7 +68,18 @@ def _linear(module: nn.Linear) -> int:
 
 
 def _look_up(layer: MemoryLayer) -> int:
+    if layer.is_dense:
+        return layer.dense_weight().numel()
     return layer.tables.size(0) * layer.tables.size(2)
+
+
+def _look_up_ffn(ffn: MemoryFFN | MemoryBesideFFN) -> int:
+    """Multiplications of what replaces a feed-forward network, as it is now."""
+    if isinstance(ffn, MemoryFFN):
+        if ffn.is_dense:
+            return _linear(ffn.fc1) + _linear(ffn.fc2)
+        return _look_up(ffn.first) + _look_up(ffn.second)
+    return _linear(ffn.fc1) + _linear(ffn.fc2) + _look_up(ffn.beside)
 
 
 def active_experts(layer: EvoMoELayer) -> float:
@@ -125,8 +136,7 @@ def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator
         elif isinstance(module, EvoMoELayer):
             yield from _experts(module, hidden[side])
         elif name.endswith("memory_ffn"):
-            macs = sum(_look_up(m) for m in module.modules() if isinstance(m, MemoryLayer))
-            macs += sum(_linear(m) for m in module.modules() if isinstance(m, nn.Linear))
+            macs = _look_up_ffn(module)
             last = module.beside if isinstance(module, MemoryBesideFFN) else module.second
             d, f = last.tables.size(2), hidden[side]
             yield Cost("ffn", macs, macs, _size(module), 2 * d * f, 2 * d * f + d + f)

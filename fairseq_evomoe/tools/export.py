@@ -176,6 +176,27 @@ def _convert_experts(checkpoint: dict[str, Any], source: Path, dtype: str) -> No
     checkpoint["cfg"]["model"] = with_flags(flags, moe_expert_storage=dtype)
 
 
+def _without_dense_layers(checkpoint: dict[str, Any], source: Path) -> None:
+    """Remove the dense layers that look-ups grew from (`--memory-spawn-update`), in place.
+
+    Raises:
+        ValueError: they have not become look-ups yet.
+    """
+    model = checkpoint["model"]
+    for name in [n for n in model if n.endswith(".spawned")]:
+        if not model[name]:
+            update = read_flag(flags_of(checkpoint), "memory_spawn_update")
+            raise ValueError(
+                f"--tables: {source} is from before update {update} (--memory-spawn-update), when "
+                "its layers were still dense; take a later checkpoint"
+            )
+        part = name.removesuffix("spawned")
+        for dense in [n for n in model if n.startswith((f"{part}fc1.", f"{part}fc2."))]:
+            del model[dense]
+        del model[name]
+    checkpoint["cfg"]["model"] = with_flags(flags_of(checkpoint), memory_spawn_update=0)
+
+
 def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
     found = _convertible(
         *(checkpoint, source),
@@ -184,6 +205,7 @@ def _convert_tables(checkpoint: dict[str, Any], source: Path, dtype: str) -> Non
         endings=(".tables",),
         lacks="look-up layer",
     )
+    _without_dense_layers(checkpoint, source)
     flags, model = flags_of(checkpoint), checkpoint["model"]
     memory = MemoryConfig.from_args(built(flags))
     for name in tqdm(found, unit="layer", disable=None):

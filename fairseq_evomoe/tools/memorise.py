@@ -18,12 +18,10 @@ from typing import Any, cast
 
 import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from fairseq_evomoe.memory.config import MemoryConfig, OutputProjection
-from fairseq_evomoe.memory.fit import fit, linear_tables
-from fairseq_evomoe.memory.layer import MemoryFFN
+from fairseq_evomoe.memory.conversion import Watch, calibrate, start, variance_kept
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.tools.checkpoint import (
     build,
@@ -37,62 +35,8 @@ from fairseq_evomoe.tools.checkpoint import (
     with_flags,
     write,
 )
-from fairseq_evomoe.tools.dense_counterparts import Unit, Watch, units, variance_kept
+from fairseq_evomoe.tools.dense_counterparts import units
 from fairseq_evomoe.tools.validation import batches, measure
-
-
-@torch.no_grad()
-def _directions(ffn: MemoryFFN, generator: torch.Generator) -> None:
-    """Fill the first look-up of a memory FFN, whose output the second look-up hashes.
-
-    Each table of the second look-up hashes t + delta values. Of these, t are the table's slice of
-    the FFN's input, with unchanged signs, and delta are random projections of the whole input.
-    """
-    first, bits = ffn.first, ffn.second.rule.bits
-    width = first.tables.size(2)
-    weight = torch.randn(width, first.rule.width, generator=generator) / first.rule.width**0.5
-    at = torch.arange(first.rule.width)
-    row = at // first.rule.bits * bits + at % first.rule.bits
-    weight[row] = 0
-    weight[row, at] = 1
-    first.fill(linear_tables(first, weight))
-
-
-@torch.no_grad()
-def start(made: Sequence[Unit], *, samples: int, seed: int) -> None:
-    """Fill all look-ups without data, by a fit on normally distributed inputs.
-
-    The inputs are standard normal values with the scale and bias of the dense model's preceding
-    norm, if there is one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for unit in tqdm(made, desc="without data", unit="layer", disable=None):
-        width = unit.layer.rule.width if unit.ffn is None else unit.ffn.first.rule.width
-        x = torch.randn(samples, width, generator=generator)
-        if unit.norm is not None:
-            x = x * unit.norm.weight.float() + unit.norm.bias.float()
-        y = unit.free(x)
-        if unit.ffn is not None:
-            _directions(unit.ffn, generator)
-            x = unit.ffn.norm(unit.ffn.first(x))
-        prior = None if unit.weight is None else linear_tables(unit.layer, unit.weight)
-        # for a linear layer the prior is close to the best fit, so it gets more weight
-        fit(unit.layer, x, y, prior=prior, strength=8 if prior is None else 64)
-
-
-@torch.no_grad()
-def calibrate(
-    ours: nn.Module, made: Sequence[Unit], samples: Sequence[Any], wanted: dict[str, Tensor]
-) -> None:
-    """Fit every look-up, in forward order, to the dense layer's outputs on real inputs.
-
-    A look-up reads the outputs of the look-ups before it, so its fit also compensates their errors.
-    """
-    for unit in tqdm(made, desc="calibration", unit="layer", disable=None):
-        watch = Watch()
-        watch.inputs(unit)
-        x = watch.run(ours, samples)[unit.name]
-        fit(unit.layer, x, wanted[unit.name], prior=unit.layer.whole_tables())
 
 
 @dataclass(frozen=True)

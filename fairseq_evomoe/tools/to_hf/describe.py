@@ -165,6 +165,11 @@ def _ffn_width(layer: Any) -> int:
 def _layer(layer: Any, phase: Phase | None, *, cross: bool) -> dict[str, Any]:
     if type(layer).__name__ == "BaseLayer":
         refuse("--base-layers", "fairseq's own BASE layers, which have no counterpart")
+    if any(getattr(part, "was_dense", False) for part in layer.modules()):
+        refuse(
+            "--memory-spawn-update",
+            "and still holds its dense layers: take what evomoe-export --tables fp32 makes of it",
+        )
     attention = layer.self_attn
     if attention.bias_k is not None or attention.add_zero_attn:
         refuse("biases of keys and values", "which have no counterpart")

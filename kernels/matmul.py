@@ -3,19 +3,28 @@
 torch gives float32 products to MKL, which on some processors uses half of their vector width.
 oneDNN uses all of it, but on processors with matrix units for bfloat16 the same setting rounds to
 bfloat16. So the choice is made by a measurement of time and error. It is in force only inside
-`products`.
+`products`. The first measurement on a processor is kept in the cache folder of the kernels, so that
+every process there chooses the same, and an interrupted run continues with the same roundings.
 """
 
 import functools
+import hashlib
+import json
 import logging
+import os
+import platform
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fairseq_evomoe.kernels.native import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +123,58 @@ def _seconds(call: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
+def _processor() -> str:
+    """What a measurement depends on: the processor's name and the build of torch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about = sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))})
+    except OSError:
+        about = [platform.processor()]
+    return "\n".join([platform.machine(), torch.__version__, *about])
+
+
+def _kept(path: Path) -> Measured | None:
+    """The figures in a file; None if there is none, or a damaged one."""
+    try:
+        return Measured(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def measured_once() -> Measured:
+    """The measurement that was made first on this processor, in whatever process.
+
+    Where nothing can be kept, it is made anew.
+    """
+    key = hashlib.sha256(_processor().encode()).hexdigest()[:16]
+    path = cache_folder() / f"matmul-{key}.json"
+    if kept := _kept(path):
+        return kept
+    found = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(found._asdict(), file)
+        try:
+            # of processes that measure at the same time, the first one's figures stay
+            os.link(draft, path)
+            os.unlink(draft)
+        except FileExistsError:
+            if _kept(path) is None:
+                os.replace(draft, path)
+            else:
+                os.unlink(draft)
+    except OSError:
+        return found
+    return _kept(path) or found
+
+
 @functools.cache
 def choose(wanted: str) -> str:
     """One of `WAYS`: the one that is wanted, or for "auto" the faster one that is as exact.
 
-    The choice is made once per process and logged.
+    The choice is made once per process and logged; see `measured_once`.
 
     Raises:
         ValueError: oneDNN is wanted, and this torch is built without it.
@@ -129,7 +185,7 @@ def choose(wanted: str) -> str:
         return "torch"
     if wanted != "auto":
         return wanted
-    found = measure()
+    found = measured_once()
     way = "onednn" if found.gain >= LEAST_GAIN and found.error <= MOST_ERROR else "torch"
     logger.info(
         "float32 products on this CPU: %s (oneDNN takes %.2f of torch's time, with %.1f times its "

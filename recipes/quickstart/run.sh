@@ -74,7 +74,8 @@ fi
 rm -f "$WORK/scores.jsonl"
 for i in "${!tests[@]}"; do
     subset=test$([ "$i" = 0 ] || echo "$i")
-    translate model averaged.pt "$subset" "$src" "$tgt" "$data/${tests[$i]}.$src" --beam 4 --max-tokens 6000
+    translate model averaged.pt "$subset" "$src" "$tgt" "$data/${tests[$i]}.$src" --beam 4 --max-tokens 6000 \
+        --max-len-a 2 --max-len-b 20
     tags=$data/${tests[$i]}.tags
     [ -e "$tags" ] && tags=(--tags "$tags") || tags=()
     python recipes/steps/score.py --name "${tests[$i]}" --source "$data/${tests[$i]}.$src" \

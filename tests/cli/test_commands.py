@@ -32,13 +32,13 @@ def hypotheses(out):
 
 
 def test_train_logs_json_and_tensorboard(trained):
-    """JSON lines and TensorBoard contain every routing metric, also per expert."""
+    """JSON lines hold every routing metric, also per expert; TensorBoard has experts by layer."""
     lines = (trained.parent / "train.log").read_text().splitlines()
     rows = [json.loads(x.split("| train_inner | ")[1]) for x in lines if "| train_inner | {" in x]
     assert len(rows) == 20 and rows[-1]["moe_stage"] == "2"
     assert "moe_load/encoder.1/e3" in rows[-1] and "moe_dead_experts" in rows[-1]
     written = b"".join(p.read_bytes() for p in (trained.parent / "tb").rglob("*tfevents*"))
-    assert b"moe_active_experts" in written and b"moe_load/decoder.1/e0" in written
+    assert b"moe_active_experts" in written and b"moe_load/decoder.1" in written
 
 
 def test_checkpoint_holds_nothing_executable(trained):

@@ -10,8 +10,9 @@ from fairseq_evomoe.kernels.matmul import Measured, by_onednn, choose, measure, 
 
 
 @pytest.fixture(autouse=True)
-def unchosen():
-    """No choice has been made in this process yet, and none is left behind."""
+def unchosen(monkeypatch, tmp_path):
+    """No choice has been made in this process or on this machine yet, and none is left behind."""
+    monkeypatch.setenv("EVOMOE_CACHE", str(tmp_path / "cache"))
     choose.cache_clear()
     yield
     choose.cache_clear()
@@ -81,3 +82,25 @@ def test_forced_ways(monkeypatch):
     assert choose("auto") == "torch"
     with pytest.raises(ValueError, match="--cpu-matmul onednn"):
         choose("onednn")
+
+
+def test_every_process_chooses_the_same(monkeypatch, tmp_path):
+    """What was measured first holds: a run that is resumed makes its products as before."""
+    monkeypatch.setattr(matmul, "measure", lambda: Measured(1.21, 1.0))
+    assert choose("auto") == "onednn"
+    choose.cache_clear()
+    monkeypatch.setattr(matmul, "measure", lambda: Measured(1.19, 1.0))
+    assert choose("auto") == "onednn"
+    choose.cache_clear()
+    monkeypatch.setattr(matmul, "_processor", lambda: "another")
+    assert choose("auto") == "torch"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    # figures that are damaged are measured anew; where nothing can be kept, nothing is
+    choose.cache_clear()
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text("{")
+    assert choose("auto") == "torch"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVOMOE_CACHE", str(tmp_path / "file/cache"))
+    choose.cache_clear()
+    assert choose("auto") == "torch"

@@ -82,7 +82,7 @@ def test_a_run_that_is_resumed_does_the_same(toy, tmp_path, family):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     out = run(
         tool("fairseq-train"),
-        *train_args(toy, whole, *flags[:-1], "--max-update", 14, family=family),
+        *train_args(toy, whole, *flags, "--max-update", 14, family=family),
     )
     assert "dense layers have become look-ups (--memory-spawn-update)" in out
     assert all(0 < float(x) <= 1 for x in re.findall(r"keeps ([\d.]+) of the variance", out))

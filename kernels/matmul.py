@@ -159,12 +159,11 @@ def measured_once() -> Measured:
         try:
             # of processes that measure at the same time, the first one's figures stay
             os.link(draft, path)
-            os.unlink(draft)
         except FileExistsError:
             if _kept(path) is None:
                 os.replace(draft, path)
-            else:
-                os.unlink(draft)
+        finally:
+            Path(draft).unlink(missing_ok=True)
     except OSError:
         return found
     return _kept(path) or found
@@ -189,7 +188,7 @@ def choose(wanted: str) -> str:
     way = "onednn" if found.gain >= LEAST_GAIN and found.error <= MOST_ERROR else "torch"
     logger.info(
         "float32 products on this CPU: %s (oneDNN takes %.2f of torch's time, with %.1f times its "
-        "error); --cpu-matmul forces a way",
+        "error, as measured first on this processor); --cpu-matmul forces a way",
         *(way, 1 / found.gain, found.error),
     )
     return way

@@ -13,13 +13,15 @@ bash tests/lint.sh
 # beside the environment, because fairseq imports wandb at every start if it finds it, which takes a second; the
 # checker of accessibility is one file of a package whose other parts are not needed, and there can be only one fairseq in
 # an environment. The test of aim runs where aim is installed in the same folder.
-if ! [ -e "$VENV/beside/done" ]; then
+beside=$(cat constraints.txt recipes/lib/ve-fairseq.txt | cksum)
+if [ "$(cat "$VENV/beside/made_from" 2>/dev/null)" != "$beside" ]; then
+    rm -rf "$VENV/beside"
     pip="python -m pip install -q --disable-pip-version-check -c constraints.txt --target $VENV/beside"
     $pip wandb
     $pip --no-deps axe-playwright-python
     python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target "$VENV/beside/ve-fairseq" \
         -r recipes/lib/ve-fairseq.txt
-    touch "$VENV/beside/done"
+    echo "$beside" >"$VENV/beside/made_from"
 fi
 # one process per core; all tests of a file run in one process, so that they share its trained models
 OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile ${quick[@]+"${quick[@]}"} "$@"

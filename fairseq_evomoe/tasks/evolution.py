@@ -50,7 +50,8 @@ class EvolutionMixin:
     can_reuse_epoch_itr: Callable[[Any], bool]
     _gate: Gate | None = None
     spawn_update = 0
-    """Update at which dense layers become look-ups, `--memory-spawn-update`; 0 means never."""
+    """Update at which dense layers become look-ups, `--memory-spawn-update`; 0 means never, or that
+    they have."""
     autocasts_on_cpu = False
     """Whether the criterion runs under torch's autocast to bfloat16: `--amp` on a CPU."""
 

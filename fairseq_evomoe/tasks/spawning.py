@@ -16,8 +16,7 @@ import torch.distributed as dist
 from fairseq import utils
 from torch import Tensor, nn
 
-from fairseq_evomoe.memory.conversion import Unit, Watch, start, variance_kept
-from fairseq_evomoe.memory.fit import fit
+from fairseq_evomoe.memory.conversion import Unit, Watch, calibrate, start, variance_kept
 from fairseq_evomoe.memory.layer import MemoryFFN, MemoryLayer
 from fairseq_evomoe.tasks.optimizer_views import OptimizerViews
 
@@ -98,18 +97,11 @@ def spawn(model: nn.Module, units: Sequence[Unit], samples: Sequence[Any], *, se
     for unit in units:
         watch.targets(unit)
     wanted = watch.run(model, samples)
-    networks = [unit for unit in units if unit.ffn is not None]
-    for unit in networks:
-        # the fit without data runs the look-ups of a network that is still dense
-        assert unit.ffn is not None
-        unit.ffn.first.is_dense = unit.ffn.second.is_dense = False
-    start(networks, samples=8192, seed=seed)
     for unit in units:
         (unit.ffn or unit.layer).become_look_up()
-        watch = Watch()
-        watch.inputs(unit)
-        x = watch.run(model, samples)[unit.name]
-        fit(unit.layer, x, wanted[unit.name], prior=unit.layer.whole_tables())
+    # the rows of a projection are 0, which is its fit without data
+    start([unit for unit in units if unit.ffn is not None], samples=8192, seed=seed)
+    calibrate(model, units, samples, wanted)
 
 
 def spawn_tables_when_due(task: Any, model: Any, optimizer: Any, update_num: int) -> None:
@@ -117,29 +109,26 @@ def spawn_tables_when_due(task: Any, model: Any, optimizer: Any, update_num: int
 
     Weights, fp32 masters and, on all workers, the same values are set.
     """
-    due = getattr(task, "spawn_update", 0)
-    if not due or update_num < due:
+    if not task.spawn_update or update_num < task.spawn_update:
         return
-    inner = model
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module
-    units = units_of(inner)
+    units = units_of(model)
+    # done now, or in the run whose checkpoint was loaded: the model is not searched again
+    task.spawn_update = 0
     if not units:
         return
-    flags = task.flags
-    found = list(batches(task, inner, tokens=TOKENS + TOKENS // 4, max_tokens=TOKENS // 4))
+    found = list(batches(task, model, tokens=TOKENS + TOKENS // 4, max_tokens=TOKENS // 4))
     fitting, testing = (found[:-1], found[-1:]) if len(found) > 1 else (found, found)
-    training = inner.training
-    inner.eval()
+    training = model.training
+    model.eval()
     try:
         watch = Watch()
         for unit in units:
             watch.targets(unit)
-        wanted = watch.run(inner, testing)
-        spawn(inner, units, fitting, seed=flags.seed)
-        kept = variance_kept(inner, units, testing, wanted)
+        wanted = watch.run(model, testing)
+        spawn(model, units, fitting, seed=task.flags.seed)
+        kept = variance_kept(model, units, testing, wanted)
     finally:
-        inner.train(training)
+        model.train(training)
     views = OptimizerViews(optimizer)
     for unit in units:
         part: nn.Module = unit.ffn or unit.layer

@@ -10,10 +10,11 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.configs import GenerationConfig
 from torch import Tensor
 
+from fairseq_evomoe.compat.words import BYTE
 from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.plan import RoutingPlan, TokenBatch
-from fairseq_evomoe.tools.specialists import dictionary_of
-from fairseq_evomoe.tools.words import spelling
+from fairseq_evomoe.tools.specialists import dictionary_of, experts_of_tokens
+from fairseq_evomoe.tools.words import spelling, starts_of, symbols_of
 
 LONGEST = 120
 """Number of tokens after which a shown text is cut."""
@@ -54,22 +55,17 @@ def text_of(ids: Tensor, dictionary: Dictionary) -> str:
 
 
 def _pieces(plan: RoutingPlan, tokens: TokenBatch, dictionary: Dictionary) -> list[Piece]:
-    order = plan.weights.masked_fill(~plan.active, -torch.inf).sort(-1, descending=True)
-    rows = zip(
-        tokens.token.tolist(),
-        order.indices.tolist(),
-        order.values.tolist(),
-        plan.active.sum(-1).tolist(),
-        strict=True,
-    )
-    names = [(dictionary[i], list(zip(e[:n], w[:n], strict=True))) for i, e, w, n in rows]
-    marked = any(name.startswith("▁") for name, _ in names)
-    found = []
-    for at, (name, experts) in enumerate(names):
-        starts = name.startswith("▁") if marked else not (at and names[at - 1][0].endswith("@@"))
-        special = name.startswith("<") and name.endswith(">")
-        found.append(Piece(name if special else spelling([name]), starts or special, experts))
-    return found
+    ids = tokens.token.tolist()
+    names = [dictionary[i] for i in ids]
+    symbols = symbols_of(dictionary)
+    special = [i in symbols for i in ids]
+    return [
+        # a byte alone has no character
+        Piece(name if alone or BYTE.fullmatch(name) else spelling([name]), starts, experts)
+        for name, alone, starts, experts in zip(
+            *(names, special, starts_of(names, special), experts_of_tokens(plan)), strict=True
+        )
+    ]
 
 
 def _inputs(model: Any, task: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -70,6 +70,15 @@ class Seen:
             self.came[expert][words[row]] += 1
 
 
+def experts_of_tokens(plan: RoutingPlan) -> list[list[tuple[int, float]]]:
+    """Each token's active experts with their weights, the largest weight first."""
+    order = plan.weights.masked_fill(~plan.active, -torch.inf).sort(-1, descending=True)
+    rows = zip(
+        order.indices.tolist(), order.values.tolist(), plan.active.sum(-1).tolist(), strict=True
+    )
+    return [list(zip(e[:n], w[:n], strict=True)) for e, w, n in rows]
+
+
 def words_of_tokens(tokens: TokenBatch, dictionary: Any) -> list[str]:
     """The word that each real token of a batch belongs to, in the order of the layer's rows."""
     table = words_of_ids(tokens.ids, dictionary)

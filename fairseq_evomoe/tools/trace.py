@@ -22,6 +22,7 @@ from fairseq_evomoe.modules.moe_layer import moe_layers
 from fairseq_evomoe.modules.plan import RoutingPlan, TokenBatch
 from fairseq_evomoe.tools import validation
 from fairseq_evomoe.tools.checkpoint import build, in_place_of, refuse_existing
+from fairseq_evomoe.tools.specialists import experts_of_tokens
 
 
 def records(
@@ -35,28 +36,25 @@ def records(
         samples: number of each row of the batch in the data set, (B,) int64.
         dictionary: of the tokens.
     """
-    order = plan.weights.masked_fill(~plan.active, -torch.inf).sort(-1, descending=True)
     entropy = -(plan.probs * plan.probs.clamp_min(1e-30).log()).sum(-1)
     rows = zip(
-        order.indices.tolist(),
-        order.values.tolist(),
-        plan.active.sum(-1).tolist(),
+        experts_of_tokens(plan),
         tokens.token.tolist(),
         samples[tokens.sentence.cpu()].tolist(),
         tokens.place.tolist(),
         entropy.tolist(),
         strict=True,
     )
-    for experts, weights, count, token, sentence, position, nats in rows:
+    for experts, token, sentence, position, nats in rows:
         yield {
             "num_tokens": 1,
-            "topk": count,
-            "top_indices": [experts[:count]],
+            "topk": len(experts),
+            "top_indices": [[expert for expert, _ in experts]],
             "token": dictionary[token],
             "id": token,
             "sentence": sentence,
             "position": position,
-            "weights": [round(w, 6) for w in weights[:count]],
+            "weights": [round(w, 6) for _, w in experts],
             "entropy": round(nats, 6),
         }
 

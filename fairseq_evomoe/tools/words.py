@@ -18,6 +18,23 @@ def spelling(pieces: Sequence[str]) -> str:
     return text.removesuffix(GOES_ON).replace(GOES_ON, "") or "␣"
 
 
+def starts_of(pieces: Sequence[str], special: Sequence[bool]) -> list[bool]:
+    """Whether a word, or a symbol that belongs to no word, begins with each piece of a sentence."""
+    marked = any(p.startswith(START) for p in pieces)
+    return [
+        not i
+        or special[i]
+        or special[i - 1]
+        or (piece.startswith(START) if marked else not pieces[i - 1].endswith(GOES_ON))
+        for i, piece in enumerate(pieces)
+    ]
+
+
+def symbols_of(dictionary: Any) -> set[int]:
+    """Ids of the symbols that belong to no word."""
+    return {dictionary.bos(), dictionary.pad(), dictionary.eos(), dictionary.unk()}
+
+
 def words_of(pieces: Sequence[str], special: Sequence[bool]) -> list[str]:
     """The word that each piece of a sentence belongs to, one per piece.
 
@@ -25,15 +42,11 @@ def words_of(pieces: Sequence[str], special: Sequence[bool]) -> list[str]:
         pieces: of one sentence.
         special: which of them are symbols that belong to no word, such as the end of the sentence.
     """
-    marked = any(p.startswith(START) for p in pieces)
     groups: list[list[int]] = []
-    open_group = False
-    for i, piece in enumerate(pieces):
-        begins = piece.startswith(START) if marked else not (i and pieces[i - 1].endswith(GOES_ON))
-        if special[i] or begins or not open_group:
+    for i, starts in enumerate(starts_of(pieces, special)):
+        if starts:
             groups.append([])
         groups[-1].append(i)
-        open_group = not special[i]
     found = [""] * len(pieces)
     for group in groups:
         mine = [pieces[i] for i in group]
@@ -45,7 +58,7 @@ def words_of(pieces: Sequence[str], special: Sequence[bool]) -> list[str]:
 
 def words_of_ids(ids: Tensor, dictionary: Any) -> list[list[str]]:
     """The same for the token ids of a batch, (B, L) int64: a list of L words for each sentence."""
-    symbols = {dictionary.bos(), dictionary.pad(), dictionary.eos(), dictionary.unk()}
+    symbols = symbols_of(dictionary)
     return [
         words_of([dictionary[i] for i in row], [i in symbols for i in row]) for row in ids.tolist()
     ]

@@ -129,6 +129,15 @@ def test_optimizers_and_workers(toy, tmp_path, more):
     assert len(tables) == 4 and all(v.abs().max() > 0 for v in tables)
 
 
+@pytest.mark.parametrize("more", [("--bf16",), ("--bf16", "--memory-efficient-bf16")])
+def test_the_optimizer_steps_the_fitted_tables(toy, tmp_path, more):
+    """With a rate of next to nothing the tables stay as fitted: float32 copies have them too."""
+    flags = (*FLAGS, "--memory-spawn-update", 4, "--max-update", 6, "--lr", 1e-6, *more)
+    train(*train_args(toy, tmp_path, *flags))
+    tables = [v for k, v in state_of(tmp_path)["model"].items() if k.endswith("qkv.tables")]
+    assert len(tables) == 4 and all(v.abs().max() > 0.1 for v in tables)
+
+
 def test_a_dense_twin_translates_the_same(toy, tmp_path):
     """Saved before the change, the model is dense, and beam search gives what a pass gives."""
     flags = (*FLAGS, "--memory-spawn-update", 100, "--max-update", 6)

@@ -78,6 +78,11 @@ SECTIONS = (
         ("memory_lr_scale", "memory_weight_decay", "memory_tables"),
     ),
     (
+        "The output layer",
+        "[commands.md](commands.md) says how `evomoe-export` makes a checkpoint for inference.",
+        ("output_storage",),
+    ),
+    (
         "Training on a CPU",
         "`--amp` multiplies in bfloat16 there ([speed.md](speed.md)).",
         ("cpu_matmul",),

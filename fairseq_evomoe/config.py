@@ -20,12 +20,12 @@ from fairseq_evomoe.options import (
     CpuMatmul,
     Diversify,
     ExpertSave,
-    ExpertStorage,
     ExpertType,
     Flags,
     Noise,
     SecondExpert,
     TemperatureSchedule,
+    WeightStorage,
     option,
 )
 
@@ -54,9 +54,14 @@ class MoEConfig(Flags):
         "kind of expert: ffn, or memory (look-up layers, see --memory-*)",
         old_name="--expert-type",
     )
-    moe_expert_storage: ExpertStorage = option(
+    moe_expert_storage: WeightStorage = option(
         "trained",
         "how experts' matrices are stored: trained, or int8 as evomoe-export --experts writes them",
+    )
+    output_storage: WeightStorage = option(
+        "trained",
+        "how the decoder's output layer is stored: trained, or int8 as evomoe-export "
+        "--output-layer writes it",
     )
     moe_gate: str = option(
         "dts", "gate: dts, dense, switch, gshard, topk, base, hash, stable or expert_choice"
@@ -202,6 +207,7 @@ class MoEConfig(Flags):
                 "contradicts --moe-top1-expert, which means --moe-gate switch; drop one of the two",
             )
             self.moe_gate = "switch"
+        self.need_choice("--output-storage", WeightStorage)
         for flag in ("--moe-freq", "--encoder-moe-freq", "--decoder-moe-freq"):
             self.need(self.given(flag) >= 0, flag, "must be 0 (none) or more")
         if self.freq("encoder") == 0 and self.freq("decoder") == 0:
@@ -215,7 +221,7 @@ class MoEConfig(Flags):
             "give a width, or leave the flag out for the width of the dense FFN",
         )
         self.need_choice("--moe-expert-type", ExpertType)
-        self.need_choice("--moe-expert-storage", ExpertStorage)
+        self.need_choice("--moe-expert-storage", WeightStorage)
         self.need(
             self.moe_expert_type == "ffn" or self.moe_expert_storage == "trained",
             "--moe-expert-storage",

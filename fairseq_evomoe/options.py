@@ -65,8 +65,8 @@ class ExpertType(StrEnum):
     memory = "memory"
 
 
-class ExpertStorage(StrEnum):
-    """Values of `--moe-expert-storage`."""
+class WeightStorage(StrEnum):
+    """Values of `--moe-expert-storage` and `--output-storage`."""
 
     trained = "trained"
     int8 = "int8"

@@ -143,6 +143,24 @@ def decode(rows: list[Row]) -> str:
     return table([*head, "look-ups for the FFNs only"], lines) + "\n"
 
 
+def decode_output(rows: list[Row]) -> str:
+    """The same for an output layer in int8, with a large vocabulary."""
+    shown = ("dense, output int8", "memoryformer int8", "memoryformer and output int8")
+    lines = []
+    for (width, layers, ffn, batch, _), found in _runs(rows):
+        if not set(shown) <= set(found):
+            continue
+        vocab = int(found["dense"]["vocab"])
+        cells = [f"width {width}, {layers} layers, FFN {ffn}, {vocab:,} words", batch]
+        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
+        for case in shown:
+            r = found[case]
+            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
+        lines.append(cells)
+    head = ["model", "sequences", "dense", "dense, output layer in int8", "MemoryFormer in int8"]
+    return table([*head, "both"], lines) + "\n"
+
+
 def decode_experts(rows: list[Row]) -> str:
     """The same for models with experts, for one sequence and for several at once."""
     lines = []
@@ -285,6 +303,7 @@ def places() -> list[tuple[Path, str, str]]:
         (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
         (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
         (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),
+        (look_ups, "output layer", decode_output(read(RESULTS / "decode.csv"))),
         (
             ROOT / "docs/hugging_face.md",
             "hf experts",

@@ -25,19 +25,23 @@ from benchmarks.speed.timing import append, interleave, machine, milliseconds, r
 from fairseq_evomoe.memory.layer import MemoryLayer
 from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.moe_layer import moe_layers
+from fairseq_evomoe.modules.output_layer import Int8OutputLayer
 
 FIELDS = (
-    "case width layers ffn batch tokens tokens_per_s ratio_p50 ratio_p20 ratio_p80 ms_per_token "
-    "parameters mb_read_per_token threads device torch date"
+    "case width layers ffn vocab batch tokens tokens_per_s ratio_p50 ratio_p20 ratio_p80 "
+    "ms_per_token parameters mb_read_per_token threads device torch date"
 ).split()
 FFN = ("--moe-freq", 0, "--memory-ffn")
 BOTH = (*FFN, "--memory-attention")
+OUTPUT = ("--output-storage", "int8")
 SWITCH = ("--moe-freq", 2, "--moe-gate", "switch", "--moe-expert-count", 8)
 CASES = {
     "dense": ("--moe-freq", 0),
+    "dense, output int8": ("--moe-freq", 0, *OUTPUT),
     "memoryformer fp32": BOTH,
     "memoryformer bf16": (*BOTH, "--memory-tables", "bf16"),
     "memoryformer int8": (*BOTH, "--memory-tables", "int8"),
+    "memoryformer and output int8": (*BOTH, "--memory-tables", "int8", *OUTPUT),
     "memory FFN fp32": FFN,
     "memory FFN int8": (*FFN, "--memory-tables", "int8"),
     "switch": SWITCH,
@@ -71,7 +75,7 @@ def bytes_read(model: torch.nn.Module) -> int:
         if isinstance(module, MemoryLayer):
             t = module.tables
             total += t.size(0) * t.size(2) * t.element_size()
-        elif isinstance(module, torch.nn.Linear):
+        elif isinstance(module, torch.nn.Linear | Int8OutputLayer):
             total += module.weight.numel() * module.weight.element_size()
         elif isinstance(module, ExpertBank):
             total += sum(w[0].numel() * w.element_size() for w in (module.w1, module.w2))
@@ -118,7 +122,7 @@ def main() -> None:
         rows.append(
             {
                 **{"case": case, "width": args.width, "layers": args.layers, "ffn": args.ffn},
-                **{"batch": args.batch, "tokens": args.tokens},
+                **{"vocab": args.vocab, "batch": args.batch, "tokens": args.tokens},
                 "tokens_per_s": round(1e3 * args.batch / ms, 1),
                 **ratios(times, "dense", case),
                 "ms_per_token": round(ms, 3),
@@ -129,7 +133,7 @@ def main() -> None:
                 **machine(),
             }
         )
-        print({k: rows[-1][k] for k in FIELDS[:12]}, flush=True)
+        print({k: rows[-1][k] for k in FIELDS[:13]}, flush=True)
     append(args.csv, FIELDS, rows)
 
 

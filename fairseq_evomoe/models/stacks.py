@@ -16,6 +16,7 @@ from fairseq_evomoe.memory.ngrams import AddNgrams, NgramTables, adding
 from fairseq_evomoe.memory.sizes import check_table_memory
 from fairseq_evomoe.models.transformer_layer import build_layer, tokens_of
 from fairseq_evomoe.modules.gates import GATES
+from fairseq_evomoe.modules.output_layer import int8_output_layer
 from fairseq_evomoe.modules.plan import TokenBatch
 from fairseq_evomoe.old_names import upgrade_values
 
@@ -64,6 +65,11 @@ class EvoMoEDecoder(TransformerDecoderBase):
         self._built += 1
         return build_layer(cfg, "decoder", self._built - 1, no_encoder_attn, dictionary=self._reads)
 
+    def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: nn.Module) -> None:
+        super().build_output_projection(cfg, dictionary, embed_tokens)
+        if cfg.moe.output_storage == "int8":
+            self.output_projection = int8_output_layer(self.get_submodule("output_projection"))
+
     def extract_features_scriptable(
         self,
         prev_output_tokens: Tensor,
@@ -106,10 +112,11 @@ def build_decoder(
 
 
 def is_plain(cfg: Any, side: str) -> bool:
-    """Whether "encoder" or "decoder" has neither experts nor look-ups."""
+    """Whether "encoder" or "decoder" has neither experts, nor look-ups, nor int8 weights."""
     moe, memory = cfg.moe, cfg.memory
     return not (
         moe.freq(side)
+        or (side == "decoder" and moe.output_storage == "int8")
         or memory.memory_ngram
         or ((memory.memory_ffn or memory.memory_attention) and _covers_a_layer(cfg, side))
     )
@@ -143,6 +150,11 @@ def configure(args: Any, *sides: str) -> TransformerConfig:
     for side in {"encoder", "decoder"} - set(sides):
         flag = f"--{side}-moe-freq"
         moe.need(getattr(moe, f"{side}_moe_freq") == 0, flag, f"this model has no {side}")
+    moe.need(
+        "decoder" in sides or moe.output_storage == "trained",
+        "--output-storage",
+        "this model has no decoder",
+    )
     moe.check(GATES)
     cfg = TransformerConfig.from_namespace(args)
     memory = MemoryConfig.from_args(args).check()

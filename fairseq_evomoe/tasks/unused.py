@@ -77,7 +77,7 @@ RULES = (
     Rule(
         (
             # architectures give a number of experts, also to those who ask for --moe-freq 0
-            *_names(MoEConfig, *FREQUENCIES, "moe_expert_count"),
+            *_names(MoEConfig, *FREQUENCIES, "moe_expert_count", "output_storage"),
             *("evo_spawn_update", "stable_freeze_update", "expert_parallel"),
             *(*SPLIT, *DTS_TIMES),
         ),

@@ -46,10 +46,16 @@ def average(paths: Sequence[Path]) -> dict[str, Any]:
     """Return the contents of the last checkpoint with the mean weights of all checkpoints.
 
     Raises:
-        ValueError: the checkpoints belong to different models or are in different stages.
+        ValueError: the checkpoints belong to different models, are in different stages, or hold
+            weights in int8.
     """
     result = load(paths[-1])
     model = result["model"]
+    if any(v.dtype == torch.int8 for v in model.values()):
+        raise ValueError(
+            f"{paths[-1]} was converted to int8 for inference; average the checkpoints that "
+            "evomoe-export made such files from, and convert their mean"
+        )
     stages = {k: v[1:2].tolist() for k, v in model.items() if k.endswith(EXTRA)}
     floating = [k for k, v in model.items() if v.is_floating_point() and not k.endswith(EXTRA)]
     total = {k: torch.zeros_like(model[k], dtype=torch.float32) for k in floating}

@@ -1,4 +1,4 @@
-"""Checkpoints for inference alone, with smaller tables and experts: `evomoe-export --tables`."""
+"""Checkpoints for inference alone, with smaller weights: `evomoe-export --tables` and others."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,24 @@ from tqdm import tqdm
 from fairseq_evomoe.kernels.lookup.score import quantise
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.rule import HashRule, Tables
-from fairseq_evomoe.tools.checkpoint import built, flags_of, load, read_flag, with_flags
+from fairseq_evomoe.tools.checkpoint import (
+    built,
+    flags_of,
+    load,
+    model_class,
+    read_flag,
+    with_flags,
+)
 
 
 def converted(
-    source: Path, *, tables: str | None = None, experts: str | None = None
+    source: Path,
+    *,
+    tables: str | None = None,
+    experts: str | None = None,
+    output_layer: str | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint and convert its look-up tables or its experts, for inference only.
+    """Read a checkpoint and convert its tables, experts or output layer, for inference only.
 
     fairseq-generate and fairseq's other commands read the result like any checkpoint. Optimizer
     state is left out.
@@ -23,6 +34,7 @@ def converted(
         tables: "bf16", or "int8" with one scale per row. The linear part of tables
             (`--memory-linear`) is added to the rows; "fp32" does this alone.
         experts: "int8", with one scale per row of an expert's matrices.
+        output_layer: "int8", with one scale per word.
 
     Raises:
         ValueError: the checkpoint has nothing that can be converted.
@@ -33,6 +45,8 @@ def converted(
         _convert_tables(checkpoint, source, tables)
     if experts is not None:
         _convert_experts(checkpoint, source, experts)
+    if output_layer is not None:
+        _convert_output_layer(checkpoint, source, output_layer)
     return checkpoint
 
 
@@ -80,6 +94,22 @@ def _convert_experts(checkpoint: dict[str, Any], source: Path, dtype: str) -> No
         model[name], model[f"{layer}scale{number}"] = quantise(model[name])
     flags = flags_of(checkpoint)
     checkpoint["cfg"]["model"] = with_flags(flags, moe_expert_storage=dtype)
+
+
+def _convert_output_layer(checkpoint: dict[str, Any], source: Path, dtype: str) -> None:
+    """Rounds a copy of the matrix: embeddings that share it stay as they are."""
+    flags, model = flags_of(checkpoint), checkpoint["model"]
+    name = "decoder.output_projection.weight"
+    if read_flag(flags, "output_storage", "trained") != "trained":
+        raise ValueError(f"--output-layer: that of {source} is converted already")
+    if name not in model:
+        raise ValueError(
+            f"--output-layer: {source} has no output layer of a decoder that is one matrix"
+        )
+    if not model_class(flags).__module__.startswith("fairseq_evomoe."):
+        raise ValueError(f"--output-layer: {source} holds a model of fairseq's own; train ours")
+    model[name], model["decoder.output_projection.row_scale"] = quantise(model[name])
+    checkpoint["cfg"]["model"] = with_flags(flags, output_storage=dtype)
 
 
 def _without_dense_layers(checkpoint: dict[str, Any], source: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fairseq.modules import MultiheadAttention
 from torch import nn
 
@@ -20,6 +21,7 @@ from fairseq_evomoe.memory.experts import MemoryBank
 from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN, MemoryLayer
 from fairseq_evomoe.modules.gates import ScoreGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
+from fairseq_evomoe.modules.output_layer import Int8OutputLayer
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import read_flag
 
@@ -58,12 +60,12 @@ def paper_block(s: int, d: int, bits: int | None = None) -> float:
 
 
 def _size(module: nn.Module) -> int:
-    """Number of weights; those converted for inference are buffers of three dimensions."""
-    stored = sum(b.numel() for b in module.buffers() if b.dim() == 3)
+    """Number of weights; those converted for inference are buffers of int8 or three dimensions."""
+    stored = sum(b.numel() for b in module.buffers() if b.dim() == 3 or b.dtype == torch.int8)
     return stored + sum(p.numel() for p in module.parameters())
 
 
-def _linear(module: nn.Linear) -> int:
+def _linear(module: nn.Linear | Int8OutputLayer) -> int:
     return module.weight.numel()
 
 
@@ -140,7 +142,7 @@ def costs(model: nn.Module, *, context: int, hidden: dict[str, int]) -> Iterator
             last = module.beside if isinstance(module, MemoryBesideFFN) else module.second
             d, f = last.tables.size(2), hidden[side]
             yield Cost("ffn", macs, macs, _size(module), 2 * d * f, 2 * d * f + d + f)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | Int8OutputLayer):
             macs = _linear(module)
             kind = "ffn" if name.endswith(("fc1", "fc2")) else "output"
             yield Cost(kind, macs, macs, _size(module), macs, _size(module))

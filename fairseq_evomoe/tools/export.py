@@ -111,17 +111,25 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
         if getattr(args, name) != usual(name) and args.format not in formats:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: has no effect without --format {' or '.join(formats)}")
-    if args.from_hf and (args.format != "safetensors" or args.tables or args.experts):
-        raise ValueError("--from-hf: makes a checkpoint; leave out --format, --tables, --experts")
+    if args.from_hf and (args.format != "safetensors" or _smaller(args)):
+        raise ValueError(
+            "--from-hf: makes a checkpoint; leave out --format, --tables, --experts, --output-layer"
+        )
+
+
+def _smaller(args: argparse.Namespace) -> dict[str, str]:
+    """The dtypes of weights that are asked for: argument of `converted` -> dtype."""
+    names = ("tables", "experts", "output_layer")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def run(args: argparse.Namespace) -> None:
     _refuse_without_effect(args)
     if args.format != "safetensors":
         _for_transformers(args)
-    elif args.tables or args.experts:
+    elif smaller := _smaller(args):
         refuse_existing(args.output)
-        write(converted(args.source, tables=args.tables, experts=args.experts), args.output)
+        write(converted(args.source, **smaller), args.output)
     elif args.from_hf or args.source.is_dir():
         refuse_existing(args.output)
         write(_restored(args), args.output)
@@ -131,7 +139,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _for_transformers(args: argparse.Namespace) -> None:
-    if args.tables or args.experts:
+    if args.output_layer:
+        raise ValueError(
+            f"--format {args.format}: transformers has no output layer in int8; leave out "
+            "--output-layer"
+        )
+    if _smaller(args):
         raise ValueError(
             f"--format {args.format}: convert first (--tables or --experts), and export the "
             "checkpoint that this writes"
@@ -180,6 +193,12 @@ def parser() -> argparse.ArgumentParser:
         "--experts",
         choices=("int8",),
         help="write a checkpoint with experts' matrices of this dtype instead, for inference",
+    )
+    made.add_argument(
+        "--output-layer",
+        choices=("int8",),
+        help="write a checkpoint with the decoder's output layer of this dtype instead, for "
+        "inference; the embeddings stay as they are",
     )
     made.add_argument(
         "--format",

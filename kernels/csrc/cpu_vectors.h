@@ -22,6 +22,20 @@ static inline fv load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*(const bytes*)p, iv), fv);
 #endif
 }
+// Sums of two products each, of 2 V bytes and 2 V rounded inputs.
+static inline iv products(const int8_t* w, const int16_t* x) {
+#if EVOMOE_LANES == 16
+    return (iv)_mm512_madd_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)),
+                                 _mm512_loadu_si512(x));
+#elif EVOMOE_LANES == 8
+    return (iv)_mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w)),
+                                 _mm256_loadu_si256((const __m256i*)x));
+#else
+    iv sums;
+    for (int i = 0; i < V; i++) sums[i] = w[2 * i] * x[2 * i] + w[2 * i + 1] * x[2 * i + 1];
+    return sums;
+#endif
+}
 static inline fv load(const bfloat* p) {
     typedef uint16_t halves __attribute__((vector_size(2 * V), aligned(2), may_alias));
     typedef uint32_t words __attribute__((vector_size(4 * V)));

@@ -55,13 +55,14 @@ def unsupported(x: Tensor, experts: ExpertWeights, dropout: float) -> str:
     return unavailable()
 
 
-def unsupported_int8(x: Tensor, routing: Routing) -> str:
-    """Why this path cannot serve int8 weights, or "" if it can."""
+def unsupported_int8(x: Tensor, routing: Routing | None = None) -> str:
+    """Why this path cannot serve int8 weights, of experts or of one matrix, or "" if it can."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return f"it has no {x.dtype} on {x.device.type}"
     if x.size(0) > FEW_INT8:
         return f"it takes at most {FEW_INT8} tokens, not {x.size(0)}"
-    if torch.is_grad_enabled() and (x.requires_grad or routing.weights.requires_grad):
+    weighted = routing is not None and routing.weights.requires_grad
+    if torch.is_grad_enabled() and (x.requires_grad or weighted):
         return "it has no gradients"
     if forced_backend() not in ("", "native") or torch.compiler.is_compiling():
         return "another backend is forced, or torch compiles"
@@ -88,6 +89,22 @@ def ffn(
     if scales is not None or not torch.is_grad_enabled():
         return _forward(x, experts, routing, activation, *(scales or (None, None)))
     return _FewRows.apply(x, *experts, routing.weights, routing.active, activation)
+
+
+@torch.no_grad()
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T for one matrix W in int8: that of one expert that every token visits.
+
+    Args:
+        x: (T, K) float32.
+        weight: (N, K) int8.
+        scale: (N,) float32, the factors of its rows.
+
+    Returns:
+        (T, N) float32.
+    """
+    op = torch.ops.evomoe.few_rows.default
+    return op(x.contiguous(), weight.contiguous()[None], scale, None, None, None, False, isa())
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 #   extras=plots; . recipes/lib/environment.sh
 # Afterwards $VENV/bin is on the PATH. EVOMOE_VENV chooses another folder, PYTHON another interpreter.
 #
-# fairseq has no wheel for Python 3.11 of its own, so it is compiled, by default. EVOMOE_FAIRSEQ=wheel takes the wheel of
-# another distribution of it instead, whose contents are checked against lib/ve-fairseq.txt; no compiler is needed then.
+# fairseq itself has no wheel for Python 3.11, and compiling it takes longer than all the rest. EVOMOE_FAIRSEQ=wheel takes
+# the wheel of another distribution of it, whose contents are checked against lib/ve-fairseq.txt; no compiler is needed.
+# EVOMOE_FAIRSEQ=build compiles it. Without a choice, an environment keeps the one it has, and a new one takes the wheel
+# where there is one for this machine.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=${EVOMOE_VENV:-$ROOT/.venv}
 PYTHON=${PYTHON:-python3}
-EVOMOE_FAIRSEQ=${EVOMOE_FAIRSEQ:-build}
 
 _fail() { echo "set-up: $*" >&2; exit 1; }
 _do() { "$@" || _fail "this failed: $*"; }
@@ -23,47 +24,63 @@ _build_fairseq() {
 _install() {
     "$PYTHON" -c 'import sys, venv; assert (3, 11) <= sys.version_info < (3, 13)' 2>/dev/null ||
         _fail "Python 3.11 or 3.12 with venv is needed; set PYTHON to one (Debian: apt-get install python3-venv)"
-    case $EVOMOE_FAIRSEQ in
-        build)
-            for tool in gcc g++; do
-                command -v $tool >/dev/null ||
-                    _fail "$tool is needed to compile fairseq (Debian: apt-get install g++); or set EVOMOE_FAIRSEQ=wheel"
-            done ;;
-        wheel) ;;
-        *) _fail "EVOMOE_FAIRSEQ=$EVOMOE_FAIRSEQ: choose build or wheel" ;;
-    esac
     local pip="$VENV/bin/python -m pip --disable-pip-version-check" constraints="-c $ROOT/constraints.txt" building=
     # modules are compiled when they are imported, since most never are
     local install="_do $pip install -q --no-compile"
     [ -x "$VENV/bin/python" ] || _do "$PYTHON" -m venv "$VENV"
     rm -rf "$VENV/wheels"
+    # another set of extras in the same environment
+    [ "$_fairseq" != any ] || ! compgen -G "$VENV/lib/python3*/site-packages/fairseq_fixed-*" >/dev/null || _fairseq=build
+    if [ "$_fairseq" != build ]; then
+        if $pip download -q --no-deps --require-hashes --dest "$VENV/wheels" -r "$ROOT/recipes/lib/ve-fairseq.txt"; then
+            _fairseq=wheel
+        elif [ "$_fairseq" = wheel ]; then
+            _fail "the wheel of fairseq could not be had, see above; EVOMOE_FAIRSEQ=build compiles fairseq instead"
+        else
+            echo "set-up: the wheel of fairseq could not be had, see above; compiling fairseq instead" >&2
+            _fairseq=build
+        fi
+    fi
+    if [ "$_fairseq" = build ]; then
+        for tool in gcc g++; do
+            command -v $tool >/dev/null ||
+                _fail "$tool is needed to compile fairseq (Debian: apt-get install g++); or set EVOMOE_FAIRSEQ=wheel"
+        done
+    fi
     $install $constraints torch numpy cython setuptools wheel ninja
     _do "$VENV/bin/python" "$ROOT/recipes/lib/requirements.py" "$extras" >"$VENV/requirements.txt"
     # fairseq is compiled on one core while the other one installs the rest
-    if [ "$EVOMOE_FAIRSEQ" = build ]; then
+    if [ "$_fairseq" = build ]; then
         _build_fairseq &
         building=$!
     fi
     $install $constraints -r "$VENV/requirements.txt"
-    $pip uninstall -q -y fairseq-fixed ve-fairseq 2>/dev/null
+    $pip uninstall -q -y $([ "$_fairseq" = build ] && echo ve-fairseq || echo fairseq-fixed) 2>/dev/null
     if [ -n "$building" ]; then
         wait "$building" || _fail "fairseq could not be compiled; see above, or set EVOMOE_FAIRSEQ=wheel"
-        _do $pip install -q --no-deps "$VENV"/wheels/fairseq_fixed-*.whl
+        _do $pip install -q --no-deps --force-reinstall "$VENV"/wheels/fairseq_fixed-*.whl
     else
-        _do $pip install -q --no-deps --require-hashes -r "$ROOT/recipes/lib/ve-fairseq.txt"
+        $install --no-deps "$VENV"/wheels/ve_fairseq-*.whl
     fi
     $install --no-build-isolation --no-deps -e "$ROOT"
-    _do "$VENV/bin/python" -c 'import fairseq, fairseq_evomoe'
+    # one of the wheel's modules warns when it is compiled
+    _do "$VENV/bin/python" -W ignore::SyntaxWarning -c 'import fairseq, fairseq_evomoe'
 }
 
 extras=${extras:-plots}
 _stamp=$VENV/.evomoe-$extras
-_wanted=$(cat "$ROOT/setup.py" "$ROOT/constraints.txt" "$ROOT/recipes/lib/ve-fairseq.txt" | cksum)-$EVOMOE_FAIRSEQ
-if [ "$(cat "$_stamp" 2>/dev/null)" != "$_wanted" ]; then
+_wanted=$(cat "$ROOT/setup.py" "$ROOT/constraints.txt" "$ROOT/recipes/lib/ve-fairseq.txt" | cksum)
+_found=$(cat "$_stamp" 2>/dev/null)
+_fairseq=${EVOMOE_FAIRSEQ:-any}
+case $_fairseq in
+    any | build | wheel) ;;
+    *) _fail "EVOMOE_FAIRSEQ=$EVOMOE_FAIRSEQ: choose build or wheel" ;;
+esac
+if [ "${_found%-*}" != "$_wanted" ] || { [ "$_fairseq" != any ] && [ "${_found##*-}" != "$_fairseq" ]; }; then
     echo "set-up: $VENV ($extras)"
     _start=$SECONDS
     _install
-    echo "$_wanted" >"$_stamp"
+    echo "$_wanted-$_fairseq" >"$_stamp"
     echo "set-up: done in $((SECONDS - _start)) s"
 fi
 PATH=$VENV/bin:$PATH

@@ -164,7 +164,9 @@ def test_plain_torch_and_kernels_agree(toy, case, monkeypatch):
     assert OPERATIONS["experts"] is not run_experts and OPERATIONS["look_up"] is not look_up
     monkeypatch.setitem(OPERATIONS, "experts", run_experts)
     monkeypatch.setitem(OPERATIONS, "look_up", look_up)
-    torch.testing.assert_close(logits(family, model, ours, ids)[1], have, rtol=1e-5, atol=1e-5)
+    # the kernel for int8 experts rounds its inputs to 16 bits
+    close = 2e-4 if case == "int8 experts" else 1e-5
+    torch.testing.assert_close(logits(family, model, ours, ids)[1], have, rtol=1e-5, atol=close)
 
 
 @pytest.mark.parametrize("case", ["dts soft", "memory experts", "memoryformer", "beside"])

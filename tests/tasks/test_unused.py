@@ -103,8 +103,10 @@ def test_every_flag_has_a_rule():
 
     ruled = {name for rule in unused.RULES for name in rule.flags}
     ruled |= {f[2:].replace("-", "_") for gate in GATES.values() for f in gate.flags}
-    # these make the layers or tables; memory attention and --expert-parallel always act, or say so
+    # these make the layers or tables, or are refused in training; memory attention and
+    # --expert-parallel always act, or say so
     ruled |= {"moe_freq", "moe_expert_count", "expert_parallel_size", "memory_ngram"}
+    ruled |= {"output_storage"}
     for config in (MoEConfig, MemoryConfig, EvolutionConfig):
         for name, field in config.__dataclass_fields__.items():
             if name != "_name" and not str(field.default).startswith("${"):

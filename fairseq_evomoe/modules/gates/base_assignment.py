@@ -47,7 +47,8 @@ class BaseGate(ScoreGate):
         nn.init.orthogonal_(self.weight, gain=0.1, generator=context.generator)
         if libbase is None:
             logger.warning(
-                "fairseq.libbase is missing, so BASE assigns tokens with SciPy, which is slower"
+                "fairseq.libbase is missing, so BASE assigns tokens with SciPy, which is slower; "
+                "fairseq compiled on this machine has it (EVOMOE_FAIRSEQ=build at the set-up)"
             )
 
     @classmethod

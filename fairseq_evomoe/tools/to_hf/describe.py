@@ -21,6 +21,7 @@ from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.layer import MemoryFFN
 from fairseq_evomoe.modules.experts import ExpertBank
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
+from fairseq_evomoe.modules.output_layer import Int8OutputLayer
 from fairseq_evomoe.modules.plan import Phase
 from fairseq_evomoe.schedule import Stage
 from fairseq_evomoe.tools.checkpoint import built
@@ -114,6 +115,8 @@ def _words(model: nn.Module, last: Any) -> int:
         return model.encoder.lm_head.bias.numel()
     if getattr(last, "adaptive_softmax", None) is not None:
         refuse("--adaptive-softmax-cutoff", "whose output layer has no counterpart")
+    if isinstance(last.output_projection, Int8OutputLayer):
+        refuse("--output-storage int8", "which has no counterpart; export the model without it")
     return last.output_projection.weight.size(0)
 
 

@@ -20,7 +20,10 @@ struct Job {
     const float* weight;   // (A,)
     const float* x;
     bool by_token;  // x has a row per token, otherwise a row per pair
-    const float* input(int64_t p) const { return x + (by_token ? token[p] : p) * K; }
+    int64_t row(int64_t p) const { return by_token ? token[p] : p; }
+    int16_t* rounded;  // for int8 weights: the inputs in steps, `stride` per row,
+    float* step;       // and the length of a step in each row
+    int64_t stride;
 };
 
 }  // namespace
@@ -30,7 +33,8 @@ struct Job {
 
 namespace {
 
-// Room for the pairs of a routing (T, E), in expert order, tokens ascending.
+// Room for the pairs of a routing (T, E), in expert order, tokens ascending. Without a routing, every token
+// visits the one expert.
 struct Pairs {
     Scratch groups, token, weight;
     int64_t count = 0, active = 0;
@@ -38,6 +42,12 @@ struct Pairs {
         : groups(6 * E), token(2 * T * E), weight(T * E) {
         auto* g = (Group*)groups.data;
         auto* t = (int64_t*)token.data;
+        if (on == nullptr) {
+            for (int64_t i = 0; i < T; i++) t[i] = i, weight.data[i] = 1;
+            count = T;
+            if (T > 0) g[active++] = Group{0, 0, T};
+            return;
+        }
         for (int64_t e = 0; e < E; e++) {
             const int64_t first = count;
             for (int64_t i = 0; i < T; i++)
@@ -56,23 +66,35 @@ struct Pairs {
     }
 };
 
-// x (T, K), or (A, K) if it is `collected`; w (E, N, K) float32 or int8 with scale (E, N); bias (E, N);
-// routing: weights (T, E) float32, on (T, E) bool. Returns (A, N), or (T, N) if it is `collected`.
-Tensor few_rows(const Tensor& x, const Tensor& w, std::optional<Tensor> scale, const Tensor& bias,
-                const Tensor& weights, const Tensor& on, bool collected, int64_t isa) {
+template <class T>
+const T* values(const std::optional<Tensor>& from) {
+    return from.has_value() ? (const T*)from->const_data_ptr() : nullptr;
+}
+
+// x (T, K), or (A, K) if it is `collected`; w (E, N, K) float32 or int8 with scale (E, N); bias (E, N) or none;
+// routing: weights (T, E) float32, on (T, E) bool, or none with one expert. Returns (A, N), or (T, N) if it is
+// `collected`.
+Tensor few_rows(const Tensor& x, const Tensor& w, std::optional<Tensor> scale, std::optional<Tensor> bias,
+                std::optional<Tensor> weights, std::optional<Tensor> on, bool collected, int64_t isa) {
     Job j{};
-    j.T = on.size(0), j.E = w.size(0), j.N = w.size(1), j.K = w.size(2);
-    const Pairs pairs((const bool*)on.const_data_ptr(), (const float*)weights.const_data_ptr(), j.T, j.E);
+    j.T = on.has_value() ? on->size(0) : x.size(0);
+    j.E = w.size(0), j.N = w.size(1), j.K = w.size(2);
+    const Pairs pairs(values<bool>(on), values<float>(weights), j.T, j.E);
     pairs.put(j);
     j.x = (const float*)x.const_data_ptr();
     j.by_token = !collected;
     Tensor y = fresh({collected ? j.T : pairs.count, j.N});
     auto* out = (float*)y.mutable_data_ptr();
-    const auto* b = (const float*)bias.const_data_ptr();
-    const float* s = scale.has_value() ? (const float*)scale->const_data_ptr() : nullptr;
+    const float *b = values<float>(bias), *s = values<float>(scale);
     const void* from = w.const_data_ptr();
     isa = std::min(isa, best_isa());
-    if (w.scalar_type() == ScalarType::Char) {
+    const bool small = w.scalar_type() == ScalarType::Char;
+    const int64_t rows = small ? x.size(0) : 0;
+    j.stride = (j.K + 31) / 32 * 32;
+    const Scratch rounded(rows * j.stride / 2), step(rows);
+    j.rounded = (int16_t*)rounded.data, j.step = step.data;
+    if (small) {
+        DISPATCH(isa, round_inputs(j, rows));
         if (collected) {
             DISPATCH(isa, collect(j, (const int8_t*)from, s, b, out));
         } else {
@@ -92,7 +114,7 @@ int64_t few_rows_isa() { return best_isa(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
     m.def(
-        "few_rows(Tensor x, Tensor w, Tensor? scale, Tensor bias, Tensor weights, Tensor on, "
+        "few_rows(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor? weights, Tensor? on, "
         "bool collected, int isa) -> Tensor");
     m.def("few_rows_isa() -> int");
 }

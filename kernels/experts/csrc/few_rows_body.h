@@ -9,37 +9,78 @@ namespace EVOMOE_ISA {
 
 constexpr int R = 4, M = V / R;
 
-// The first n < V values at p, and zeros.
-template <class T>
-static inline fv load_some(const T* p, int64_t n) {
-    T some[V] = {};
-    std::memcpy(some, p, n * sizeof(T));
-    return load(some);
+// Inputs are rounded to this many steps on each side of zero where weights are int8, so that a lane's sum
+// of products fits into 32 bits. These are 16 bits up to a width of 511 V.
+static inline float steps(int64_t K) {
+    return std::min<int64_t>(32767, INT32_MAX / (128 * ((K + V - 1) / V + 1)));
 }
 
-// Adds the products of R rows of weights (N, K) with m rows of inputs. Sum number i R + r belongs to
-// input row i and weight row r.
-template <class W, int m>
-static fv dots(const W* const* w, const float* const* x, int64_t K) {
-    fv sum[V] = {};
-    auto add = [&](const auto& read_row, const auto& read_input) {
-        fv row[R];
-        for (int r = 0; r < R; r++) row[r] = read_row(w[r]);
-        for (int i = 0; i < m; i++) {
-            const fv v = read_input(x[i]);
-            for (int r = 0; r < R; r++) sum[i * R + r] += row[r] * v;
+// Rounds `rows` rows of x (rows, K) into j.rounded and j.step; behind the end of a row there are zeros. A row
+// with a value that is not finite gets a step that is not a number.
+static void round_inputs(const Job& j, int64_t rows) {
+    const float most = steps(j.K);
+    parallel(rows, 16, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; i++) {
+            const float* x = j.x + i * j.K;
+            int16_t* out = j.rounded + i * j.stride;
+            float largest = 0, any = 0;
+            for (int64_t k = 0; k < j.K; k++) {
+                largest = std::max(largest, std::fabs(x[k]));
+                any += x[k] * 0;
+            }
+            // what is smaller would have a step of no inverse
+            const float inverse = largest > 1e-30f && any == 0 ? most / largest : 0;
+            for (int64_t k = 0; k < j.K; k++) {
+                const float v = x[k] * inverse;
+                out[k] = any == 0 ? (int16_t)(int32_t)(v + std::copysign(0.5f, v)) : 0;
+            }
+            std::fill(out + j.K, out + j.stride, (int16_t)0);
+            j.step[i] = any == 0 ? largest / most : any;
         }
-    };
-    int64_t k = 0;
-    for (; k + V <= K; k += V)
-        add([&](const W* p) { return load(p + k); }, [&](const float* p) { return load(p + k); });
-    if (k < K)
-        add([&](const W* p) { return load_some(p + k, K - k); },
-            [&](const float* p) { return load_some(p + k, K - k); });
-    return totals(sum);
+    });
 }
 
-// out(pair, n) for n in [a, b) and the pairs [first, last) of one expert: <w_n, x_pair> * scale_n + bias_n.
+// What a kernel for weights of one kind reads of its inputs.
+static inline const float* input(const Job& j, int64_t row, const float*) { return j.x + row * j.K; }
+static inline const int16_t* input(const Job& j, int64_t row, const int8_t*) {
+    return j.rounded + row * j.stride;
+}
+
+// Products of R rows of weights with m rows of inputs, W weights (int8_t or float) at a time: the sums of all
+// lanes. Number i R + r belongs to input row i and weight row r.
+template <int m, int step, class Sum, class W, class X, class Product>
+static inline fv dots(const W* const* w, const X* const* x, int64_t K, const Product& add) {
+    Sum sum[m * R] = {};
+    int64_t k = 0;
+    for (; k + step <= K; k += step)
+#pragma GCC unroll 16
+        for (int i = 0; i < m * R; i++) sum[i] = add(sum[i], w[i % R] + k, x[i / R] + k);
+    if (k < K) {
+        W rest[R][step] = {};
+        X inputs[m][step] = {};
+        for (int r = 0; r < R; r++) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
+        for (int i = 0; i < m; i++) std::memcpy(inputs[i], x[i] + k, (K - k) * sizeof(X));
+        for (int i = 0; i < m * R; i++) sum[i] = add(sum[i], rest[i % R], inputs[i / R]);
+    }
+    fv all[V] = {};
+    for (int i = 0; i < m * R; i++) all[i] = __builtin_convertvector(sum[i], fv);
+    return totals(all);
+}
+template <int m>
+static fv dots(const float* const* w, const float* const* x, int64_t K) {
+    return dots<m, V, fv>(w, x, K, [](fv sum, const float* a, const float* b) {
+        return sum + load(a) * load(b);
+    });
+}
+template <int m>
+static fv dots(const int8_t* const* w, const int16_t* const* x, int64_t K) {
+    return dots<m, 2 * V, iv>(w, x, K, [](iv sum, const int8_t* a, const int16_t* b) {
+        return sum + products(a, b);
+    });
+}
+
+// out(pair, n) for n in [a, b) and the pairs [first, last) of one expert: <w_n, x_pair> * scale_n + bias_n;
+// int8 weights have scales, float weights have none.
 // `put` receives (pair, n, value).
 template <class W, class Put>
 static void linear(const Job& j, const W* w, const float* scale, const float* bias, int64_t first,
@@ -53,22 +94,24 @@ static void linear(const Job& j, const W* w, const float* scale, const float* bi
             __builtin_prefetch(w + (n + R) * j.K + at);
         for (int64_t p = first; p < last; p += M) {
             const int m = (int)std::min<int64_t>(M, last - p);
-            const float* inputs[M];
-            for (int i = 0; i < m; i++) inputs[i] = j.input(p + i);
+            decltype(input(j, 0, w)) inputs[M];
+            for (int i = 0; i < m; i++) inputs[i] = input(j, j.row(p + i), w);
             fv all;
             switch (m) {
-                case 1: all = dots<W, 1>(rows, inputs, j.K); break;
+                case 1: all = dots<1>(rows, inputs, j.K); break;
 #if EVOMOE_LANES >= 8
-                case 2: all = dots<W, 2>(rows, inputs, j.K); break;
+                case 2: all = dots<2>(rows, inputs, j.K); break;
 #endif
 #if EVOMOE_LANES >= 16
-                case 3: all = dots<W, 3>(rows, inputs, j.K); break;
+                case 3: all = dots<3>(rows, inputs, j.K); break;
 #endif
-                default: all = dots<W, M>(rows, inputs, j.K);
+                default: all = dots<M>(rows, inputs, j.K);
             }
-            for (int i = 0; i < m; i++)
+            for (int i = 0; i < m; i++) {
+                const float step = scale ? j.step[j.row(p + i)] : 1;
                 for (int r = 0; r < width; r++)
-                    put(p + i, n + r, all[i * R + r] * (scale ? scale[n + r] : 1) + bias[n + r]);
+                    put(p + i, n + r, all[i * R + r] * (scale ? step * scale[n + r] : 1) + (bias ? bias[n + r] : 0));
+            }
         }
     }
 }
@@ -89,7 +132,7 @@ static void spread(const Job& j, const W* w, const float* scale, const float* bi
             const Group& g = j.groups[task / blocks];
             const int64_t a = task % blocks * rows;
             linear(j, w + g.expert * j.N * j.K, scale ? scale + g.expert * j.N : nullptr,
-                   bias + g.expert * j.N, g.first, g.last, a, std::min(a + rows, j.N),
+                   bias ? bias + g.expert * j.N : nullptr, g.first, g.last, a, std::min(a + rows, j.N),
                    [&](int64_t p, int64_t n, float value) { out[p * j.N + n] = value; });
         }
     });
@@ -105,7 +148,7 @@ static void collect(const Job& j, const W* w, const float* scale, const float* b
         for (int64_t i = 0; i < j.active; i++) {
             const Group& g = j.groups[i];
             linear(j, w + g.expert * j.N * j.K, scale ? scale + g.expert * j.N : nullptr,
-                   bias + g.expert * j.N, g.first, g.last, from * rows, std::min(to * rows, j.N),
+                   bias ? bias + g.expert * j.N : nullptr, g.first, g.last, from * rows, std::min(to * rows, j.N),
                    [&](int64_t p, int64_t n, float value) {
                        out[j.token[p] * j.N + n] += j.weight[p] * value;
                    });

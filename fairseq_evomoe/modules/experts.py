@@ -69,6 +69,15 @@ class Bank(StoredWeights):
         return next(self.parameters()).size(0)
 
     @property
+    def stacked(self) -> dict[str, Tensor]:
+        """All tensors with an entry per expert: parameters, and buffers that are made of them."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def matrices(self) -> list[Tensor]:
+        """The weights without biases, each (E, ...) in float32."""
+        return [p.detach().float() for p in self.parameters() if p.dim() > 2]
+
+    @property
     def expert_ids(self) -> list[int]:
         """Number of the expert that each entry of the stacked parameters holds."""
         return list(range(self.count)) if self.shard is None else self.shard.expert_ids
@@ -255,6 +264,10 @@ class ExpertBank(Bank):
     def is_int8(self) -> bool:
         """Whether `to_int8` was called."""
         return self.w1.dtype == torch.int8
+
+    def matrices(self) -> list[Tensor]:
+        """See `Bank.matrices`."""
+        return [self._matrix(n, slice(None), torch.float32).detach().float() for n in (1, 2)]
 
     def _matrix(self, number: int, expert: int | slice, dtype: torch.dtype) -> Tensor:
         """w1 or w2 of one expert or of several."""

@@ -58,7 +58,7 @@ def prune_state(state: dict[str, Tensor], layer: EvoMoELayer, name: str, kept: l
     experts = torch.tensor(kept)
     # a shared expert stands before the routed ones and stays
     entries = torch.tensor([0, *(e + 1 for e in kept)]) if layer.experts.shared else experts
-    for part, _ in layer.experts.named_parameters():
+    for part in layer.experts.stacked:
         key = f"{name}.experts.{part}"
         state[key] = state[key][entries].clone()
     layer.gate.prune(state, f"{name}.gate.", experts)

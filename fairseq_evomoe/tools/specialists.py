@@ -35,8 +35,8 @@ def similarity(model: Any) -> dict[str, Tensor]:
     """Return the cosine of each pair of experts' weight matrices: layer -> (E, E) float32."""
     found = {}
     for _, layer in moe_layers(model):
-        rows = [p.detach().float().flatten(1) for p in layer.experts.parameters() if p.dim() > 2]
-        unit = F.normalize(torch.cat(rows, 1), dim=1)
+        rows = torch.cat([m.flatten(1) for m in layer.experts.matrices()], 1)
+        unit = F.normalize(rows, dim=1)
         found[layer.name] = unit @ unit.t()
     return found
 

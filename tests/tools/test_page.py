@@ -1,5 +1,6 @@
 """tools/page.py: logs, experts and scores on one self-contained page."""
 
+import copy
 import html
 import json
 import re
@@ -124,8 +125,15 @@ def test_activity_adds_up(trained, toy):
 
 
 def test_similarity(trained, toy):
-    """For experts that are copies of one, every cosine is 1."""
+    """For experts that are copies of one, every cosine is 1; int8 changes it by little."""
     model, _, _ = checkpoint.build(trained / "checkpoint_last.pt", str(toy / "bin"))
+    before = similarity(model)
+    rounded = copy.deepcopy(model)
+    for _, layer in moe_layers(rounded):
+        layer.experts.to_int8()
+    for name, cosines in similarity(rounded).items():
+        assert torch.allclose(cosines, before[name], atol=1e-2)
+        assert not torch.equal(cosines, before[name])
     for _, layer in moe_layers(model):
         for p in layer.experts.parameters():
             p.data[:] = p.data[:1]

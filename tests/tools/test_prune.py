@@ -10,7 +10,7 @@ import torch
 from conftest import USER_DIR, run, tool, train, train_args
 from fairseq import checkpoint_utils
 
-from fairseq_evomoe.tools import prune
+from fairseq_evomoe.tools import export, prune
 from fairseq_evomoe.tools.checkpoint import build, load, write
 
 PLUGIN = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
@@ -102,6 +102,23 @@ def test_every_kind_of_state_shrinks(toy, tmp_path, flags):
         assert torch.equal(b.gate.weight, a.gate.weight[kept])
         assert b.cfg.threshold == pytest.approx(a.cfg.threshold) or flags[0] == "--moe-gate"
         assert b.phase == a.phase
+
+
+@pytest.mark.parametrize("shared", [(), ("--moe-shared-expert",)], ids=["plain", "shared"])
+def test_experts_in_int8(toy, tmp_path, shared):
+    """A checkpoint that was converted first is what the pruned one would be converted to."""
+    train(*train_args(toy, tmp_path, *HARD, *shared))
+    path, small = tmp_path / "checkpoint_last.pt", tmp_path / "small.pt"
+    export.main([str(path), "--experts", "int8", "--output", str(small)])
+    report = pruned(small, tmp_path / "a.pt", "--keep", 2)
+    write(
+        prune.prune(path, keep=2, min_share=0, subset="valid", max_tokens=400, cpu=True)[0],
+        tmp_path / "b.pt",
+    )
+    export.main([str(tmp_path / "b.pt"), "--experts", "int8", "--output", str(tmp_path / "c.pt")])
+    a, c = load(tmp_path / "a.pt")["model"], load(tmp_path / "c.pt")["model"]
+    assert report["experts_after"] == 2 and list(a) == list(c)
+    assert all(torch.equal(a[name], c[name]) for name in a)
 
 
 def test_words_keep_their_expert(toy, tmp_path):

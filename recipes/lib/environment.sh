@@ -70,7 +70,7 @@ _install() {
 extras=${extras:-plots}
 _stamp=$VENV/.evomoe-$extras
 _wanted=$(cat "$ROOT/setup.py" "$ROOT/constraints.txt" "$ROOT/recipes/lib/ve-fairseq.txt" | cksum)
-_found=$(cat "$_stamp" 2>/dev/null)
+_found=$(cat "$_stamp" 2>/dev/null || true)
 _fairseq=${EVOMOE_FAIRSEQ:-any}
 case $_fairseq in
     any | build | wheel) ;;

@@ -79,7 +79,7 @@ SECTIONS = (
     ),
     (
         "The output layer",
-        "[commands.md](commands.md) says how `evomoe-export` makes a checkpoint for inference.",
+        "[tools.md](tools.md) says how `evomoe-export` makes a checkpoint for inference.",
         ("output_storage",),
     ),
     (

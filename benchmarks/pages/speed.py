@@ -6,7 +6,7 @@ python -m benchmarks.pages.speed            print the tables
 python -m benchmarks.pages.speed --write    update the pages and the plots
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -129,51 +129,39 @@ def lookup(rows: list[Row]) -> str:
 def decode(rows: list[Row]) -> str:
     """Tokens/s of whole models at batch 1, and their ratio to that of the dense model."""
     shown = ("memoryformer fp32", "memoryformer bf16", "memoryformer int8", "memory FFN fp32")
-    lines = []
-    for (width, layers, ffn, batch, _), found in _runs(rows):
-        if batch != "1" or not set(shown) <= set(found):
-            continue
-        cells = [f"width {width}, {layers} layers, FFN {ffn}"]
-        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
-        for case in shown:
-            r = found[case]
-            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
-        lines.append(cells)
-    head = ["model", "dense", "MemoryFormer", "with bf16 tables", "with int8 tables"]
-    return table([*head, "look-ups for the FFNs only"], lines) + "\n"
+    head = ("dense", "MemoryFormer", "with bf16 tables", "with int8 tables")
+    lines = [[model, *speeds] for model, batch, _, speeds in _speeds(rows, shown) if batch == "1"]
+    return table(["model", *head, "look-ups for the FFNs only"], lines) + "\n"
 
 
 def decode_output(rows: list[Row]) -> str:
-    """The same for an output layer in int8, with a large vocabulary."""
+    """The same for an output layer in int8 and a large vocabulary, for one sequence or several."""
     shown = ("dense, output int8", "memoryformer int8", "memoryformer and output int8")
-    lines = []
-    for (width, layers, ffn, batch, _), found in _runs(rows):
-        if not set(shown) <= set(found):
-            continue
-        vocab = int(found["dense"]["vocab"])
-        cells = [f"width {width}, {layers} layers, FFN {ffn}, {vocab:,} words", batch]
-        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
-        for case in shown:
-            r = found[case]
-            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
-        lines.append(cells)
-    head = ["model", "sequences", "dense", "dense, output layer in int8", "MemoryFormer in int8"]
-    return table([*head, "both"], lines) + "\n"
+    head = ("dense", "dense, output layer in int8", "MemoryFormer in int8", "both")
+    lines = [
+        [f"{model}, {vocab:,} words", batch, *speeds]
+        for model, batch, vocab, speeds in _speeds(rows, shown)
+    ]
+    return table(["model", "sequences", *head], lines) + "\n"
 
 
 def decode_experts(rows: list[Row]) -> str:
-    """The same for models with experts, for one sequence and for several at once."""
-    lines = []
-    for (width, layers, ffn, batch, _), found in _runs(rows):
-        if not {"switch", "switch int8"} <= set(found):
-            continue
-        cells = [f"width {width}, {layers} layers, FFN {ffn}", batch]
-        cells.append(f"{float(found['dense']['tokens_per_s']):.0f}")
-        for case in ("switch", "switch int8"):
-            r = found[case]
-            cells.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
-        lines.append(cells)
+    """The same for models with experts."""
+    shown = ("switch", "switch int8")
+    lines = [[model, batch, *speeds] for model, batch, _, speeds in _speeds(rows, shown)]
     return table(["model", "sequences", "dense", "Switch, 8 experts", "in int8"], lines) + "\n"
+
+
+def _speeds(rows: list[Row], shown: tuple[str, ...]) -> Iterator[tuple[str, str, int, list[str]]]:
+    """Yield (model, batch, vocabulary, tokens/s of the dense model and of each case with its ratio)
+    of every run that has all the cases `shown`."""
+    for (width, layers, ffn, batch, _), found in _runs(rows):
+        if set(shown) <= set(found):
+            speeds = [f"{float(found['dense']['tokens_per_s']):.0f}"]
+            for r in (found[case] for case in shown):
+                speeds.append(f"{float(r['tokens_per_s']):.0f} ({short(r['ratio_p50'])} x)")
+            model = f"width {width}, {layers} layers, FFN {ffn}"
+            yield model, batch, int(found["dense"]["vocab"]), speeds
 
 
 def _runs(rows: list[Row]) -> list[tuple[tuple[str, ...], dict[str, Row]]]:

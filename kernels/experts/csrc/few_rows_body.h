@@ -46,8 +46,8 @@ static inline const int16_t* input(const Job& j, int64_t row, const int8_t*) {
     return j.rounded + row * j.stride;
 }
 
-// Products of R rows of weights with m rows of inputs, W weights (int8_t or float) at a time: the sums of all
-// lanes. Number i R + r belongs to input row i and weight row r.
+// Products of R rows of weights with m rows of inputs, of which `add` takes `step` columns at a time. Sum number
+// i R + r belongs to input row i and weight row r.
 template <int m, int step, class Sum, class W, class X, class Product>
 static inline fv dots(const W* const* w, const X* const* x, int64_t K, const Product& add) {
     Sum sum[m * R] = {};

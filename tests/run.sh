@@ -25,5 +25,7 @@ if [ "$(cat "$VENV/beside/made_from" 2>/dev/null)" != "$beside" ]; then
         -r recipes/lib/ve-fairseq.txt
     echo "$beside" >"$VENV/beside/made_from"
 fi
+# the tests start hundreds of processes, and each would compile all modules again if the shell forbids to keep them compiled
+unset PYTHONDONTWRITEBYTECODE
 # one process per core; all tests of a file run in one process, so that they share its trained models
 OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile ${quick[@]+"${quick[@]}"} "$@"

@@ -63,8 +63,9 @@ _install() {
         $install --no-deps "$VENV"/wheels/ve_fairseq-*.whl
     fi
     $install --no-build-isolation --no-deps -e "$ROOT"
+    # compiled now, even if the user's shell forbids it, because compiling them again would take ten seconds at every start;
     # one of the wheel's modules warns when it is compiled
-    _do "$VENV/bin/python" -W ignore::SyntaxWarning -c 'import fairseq, fairseq_evomoe'
+    _do env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -W ignore::SyntaxWarning -c 'import fairseq, fairseq_evomoe'
 }
 
 extras=${extras:-plots}

@@ -26,7 +26,7 @@ a process that does nothing else.
 
 import argparse
 import importlib.util
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import ROOT
 from benchmarks.speed.timing import append, gemm_rate, interleave, machine, milliseconds, ratios
 from fairseq_evomoe.kernels.experts import gpu
 from fairseq_evomoe.kernels.experts.moe_ffn import moe_ffn
@@ -207,39 +206,49 @@ class Layer:
 CASES = ("ours", "grouped_mm", "transformers", "eager", "gshard", "official")
 
 
-def peak(case: str, layer: Layer, arguments: list[str]) -> float:
-    """Peak memory of one case minus that of the floor, in MB."""
+def peaks(cases: list[str], layer: Layer, sizes: list[int]) -> dict[str, int]:
+    """Case -> peak memory of its forward pass minus that of the floor, in MB."""
     if layer.x.is_cuda:
-        most = {}
-        for name in (case, "dense"):
-            torch.cuda.reset_peak_memory_stats()
-            layer.step(name, False)()
-            most[name] = torch.cuda.max_memory_allocated()
-        return (most[case] - most["dense"]) / 1e6
-    alone = [
-        int(
-            subprocess.run(
-                [sys.executable, "-m", "benchmarks.speed.dispatch", "--peak", name, *arguments],
-                capture_output=True, text=True, check=True, cwd=ROOT,
-            ).stdout.split()[-1]
-        )
-        for name in (case, "dense")
-    ]  # fmt: skip
-    return (alone[0] - alone[1]) / 1e6
+        most = {case: _peak_on_gpu(case, layer) for case in (*cases, "dense")}
+    else:
+        # a process that has imported all modules and done nothing else; each case runs in a fork of it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.speed.dispatch"])
+        dtype = str(layer.x.dtype).removeprefix("torch.")
+        with context.Pool(1, maxtasksperchild=1) as alone:
+            most = {
+                case: alone.apply(_peak_alone, (case, layer.kind, dtype, sizes))
+                for case in (*cases, "dense")
+            }
+    return {case: round((most[case] - most["dense"]) / 1e6) for case in cases}
 
 
-def report_peak() -> None:
-    case, dtype, kind, *sizes = sys.argv[2:]
-    layer = Layer([int(s) for s in sizes], kind, "cpu", getattr(torch, dtype))
+def _peak_on_gpu(case: str, layer: Layer) -> int:
+    torch.cuda.reset_peak_memory_stats()
     layer.step(case, False)()
+    return torch.cuda.max_memory_allocated()
+
+
+def _peak_alone(case: str, kind: str, dtype: str, sizes: list[int]) -> int:
+    """Peak of this process's memory during one forward pass, in bytes; modules are not counted."""
+    few = [min(size, most) for size, most in zip(sizes, (8, 4, 16, 16), strict=True)]
+    Layer(few, kind, "cpu", getattr(torch, dtype)).step(case, False)()
+    layer = Layer(sizes, kind, "cpu", getattr(torch, dtype))
+    before = _memory("VmRSS")
+    # Linux forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")
+    layer.step(case, False)()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
     status = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM")))
+    return next(int(x.split()[1]) * 1024 for x in status if x.startswith(field))
 
 
 def measure(layer: Layer, sizes: list[int], cases: list[str], args: Any, rate: float) -> None:
     layer.check([c for c in cases if c != "ours"])
-    told = [args.dtype, layer.kind, *(str(s) for s in sizes)]
-    peaks = {case: round(peak(case, layer, told)) for case in cases}
+    most = peaks(cases, layer, sizes)
     for mode in args.modes:
         backward = "backward" in mode
         steps = {name: layer.step(name, backward) for name in ("dense", *cases)}
@@ -252,7 +261,7 @@ def measure(layer: Layer, sizes: list[int], cases: list[str], args: Any, rate: f
                 "ms": milliseconds(times[case]),
                 "dense_ms": milliseconds(times["dense"]),
                 "floor_ms": round(1e3 * layer.flops * (3 if backward else 1) / rate, 4),
-                **{"peak_mb": peaks[case], "dtype": args.dtype},
+                **{"peak_mb": most[case], "dtype": args.dtype},
                 **machine(args.device),
             }
             for case in cases
@@ -263,9 +272,6 @@ def measure(layer: Layer, sizes: list[int], cases: list[str], args: Any, rate: f
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--peak"]:
-        report_peak()
-        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

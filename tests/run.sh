@@ -14,12 +14,12 @@ extras=dev,docs,hub,langid,plots,tensorboard . recipes/lib/environment.sh
 bash tests/lint.sh
 # beside the environment, because fairseq imports wandb at every start if it finds it, which takes a second; the
 # checker of accessibility is one file of a package whose other parts are not needed, and there can be only one fairseq in
-# an environment. The test of aim runs where aim is installed in the same folder.
+# an environment
 beside=$(cat constraints.txt recipes/lib/ve-fairseq.txt | cksum)
 if [ "$(cat "$VENV/beside/made_from" 2>/dev/null)" != "$beside" ]; then
     rm -rf "$VENV/beside"
     pip="python -m pip install -q --disable-pip-version-check -c constraints.txt --target $VENV/beside"
-    $pip wandb
+    $pip wandb aim
     $pip --no-deps axe-playwright-python
     python -m pip install -q --disable-pip-version-check --no-deps --require-hashes --target "$VENV/beside/ve-fairseq" \
         -r recipes/lib/ve-fairseq.txt

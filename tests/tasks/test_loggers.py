@@ -75,15 +75,19 @@ print("rows", json.dumps(rows))
 
 READ_AIM = """
 import json, sys, aim
-(run,) = aim.Repo(sys.argv[1]).iter_runs()
+from aim.sdk.index_manager import RepoIndexManager
+repo = aim.Repo(sys.argv[1])
+(name,) = repo.list_all_runs()
+RepoIndexManager.get_index_manager(repo).index(name)  # as `aim up` does in the background
 rows = {}
-for metric in run.metrics():
-    if metric.context.to_dict().get("tag") == "train_inner":
-        rows[metric.name] = metric.values.sparse_list()[1][-1]
-for found in run.distributions():
-    if found.context.to_dict().get("tag") == "train_inner":
-        last = found.values.sparse_list()[1][-1]
-        rows[found.name] = {"values": last.weights.tolist(), "bins": list(last.range)}
+for query in repo.query_metrics, repo.query_distributions:
+    for run in query("", report_mode=0).iter_runs():
+        for found in run:
+            if found.context.to_dict().get("tag") == "train_inner":
+                rows[found.name] = found.data.items_list()[1][0][-1]
+for name, last in rows.items():
+    if name.startswith("moe_load/"):
+        rows[name] = {"values": last.weights.tolist(), "bins": list(last.range)}
 print("rows", json.dumps(rows))
 """
 

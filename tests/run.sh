@@ -15,7 +15,7 @@ bash tests/lint.sh
 # beside the environment, because fairseq imports wandb at every start if it finds it, which takes a second; the
 # checker of accessibility is one file of a package whose other parts are not needed, and there can be only one fairseq in
 # an environment
-beside=$(cat constraints.txt recipes/lib/ve-fairseq.txt | cksum)
+beside=$(cat tests/run.sh constraints.txt recipes/lib/ve-fairseq.txt | cksum)
 if [ "$(cat "$VENV/beside/made_from" 2>/dev/null)" != "$beside" ]; then
     rm -rf "$VENV/beside"
     pip="python -m pip install -q --disable-pip-version-check -c constraints.txt --target $VENV/beside"

@@ -1,7 +1,6 @@
 """Shared fixtures: one-thread determinism, poisoned memory, a toy corpus, the real commands."""
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -9,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from importlib.metadata import entry_points
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).parent / "kits"))
+
+import forks
 import pytest
 import torch
 
@@ -24,7 +25,6 @@ if DEVICE == "cpu":
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests/kits"))
 USER_DIR = ROOT / "fairseq_evomoe"
 
 
@@ -33,12 +33,16 @@ SLOW = {"cli", "models", "parallel", "recipes", "tasks", "tools"}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark slow tests, and every test that runs on a GPU if there is one (`-m gpu`)."""
+    """Mark slow tests, and every test that runs on a GPU if there is one (`-m gpu`).
+
+    Slow tests come first, so that no process is left with a long file when the others have ended.
+    """
     for item in items:
         if SLOW & set(item.path.relative_to(ROOT / "tests").parts):
             item.add_marker("slow")
         if hasattr(getattr(item, "module", None), "DEVICE"):
             item.add_marker("gpu")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -79,19 +83,19 @@ def triton_can(monkeypatch):
         monkeypatch.setattr(backend, "triton_unsupported", lambda device: "")
 
 
-def run(*command, cwd=None, env=None, ok=True, timeout=600):
+def run(*command, cwd=None, env=None, ok=True, timeout=600, real=False):
     """Run a real command and return its standard output and error in one string.
 
     A console script that `tool` names runs in a fork of this process, which saves it the seconds
-    that importing torch and fairseq takes. Any other command, and one that spawns workers, runs as
-    a process of its own.
+    that importing torch and fairseq takes. Any other command, and every one if `real` is true, runs
+    as a process of its own.
     """
     command = [str(c) for c in command]
     env = {"OMP_NUM_THREADS": "1", **(env or {})}
     path = Path(command[0])
-    ours = path.parent == Path(sys.executable).parent and path.name in FORKED
-    if ours and "--distributed-world-size" not in command:
-        status, said = _fork(FORKED[path.name], command, cwd, env, timeout)
+    ours = path.parent == Path(sys.executable).parent and path.name in forks.SCRIPTS
+    if ours and not real:
+        status, said = _fork(path.name, command[1:], cwd, env, timeout)
     else:
         done = subprocess.run(
             command,
@@ -110,20 +114,11 @@ def run(*command, cwd=None, env=None, ok=True, timeout=600):
     return said
 
 
-FORKED = {
-    script.name: script
-    for script in entry_points(group="console_scripts")
-    # hydra's own start-up looks at the main module
-    if script.name.startswith(("fairseq-", "evomoe-")) and script.name != "fairseq-hydra-train"
-}
-"""Name of a console script -> its entry point."""
-
-
-def _fork(script, command, cwd, env, timeout):
+def _fork(name, words, cwd, env, timeout):
     """Call a console script's function in a fork; return its exit status and all it printed."""
     with tempfile.TemporaryFile("w+") as output:
         process = torch.multiprocessing.get_context("fork").Process(
-            target=_call_script, args=(script, command, cwd, env, output.fileno())
+            target=_call, args=(name, words, cwd or ".", {**os.environ, **env}, output.fileno())
         )
         process.start()
         process.join(timeout)
@@ -131,47 +126,15 @@ def _fork(script, command, cwd, env, timeout):
             process.kill()
             process.join()
             output.seek(0)
-            raise AssertionError(f"{command} took over {timeout} s\n{output.read()[-6000:]}")
+            raise AssertionError(f"{name} {words} took over {timeout} s\n{output.read()[-6000:]}")
         output.seek(0)
         return process.exitcode, output.read()
 
 
-def _call_script(script, command, cwd, env, output):
-    """Be the process of a console script: streams, arguments, folder, logging, exit status."""
-    from fairseq import checkpoint_utils
-    from fairseq.logging import metrics
-
+def _call(name, words, cwd, env, output):
     for stream in (1, 2):
         os.dup2(output, stream)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-    sys.argv = command
-    os.environ.update(env)
-    os.chdir(cwd or ".")
-    # what an earlier call of this process left behind, and what pytest put in place
-    root = logging.getLogger()
-    root.handlers.clear()
-    root.setLevel(logging.WARNING)
-    metrics.reset()
-    vars(checkpoint_utils.save_checkpoint).pop("best", None)
-    status = 1
-    try:
-        # fairseq's commands configure logging when they are imported
-        importlib.reload(importlib.import_module(script.module))
-        status = script.load()() or 0
-    except SystemExit as end:
-        status = end.code
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-            status = 1
-        status = status or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for child in torch.multiprocessing.active_children():
-            child.terminate()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    forks.call(name, words, cwd, env)
 
 
 def tool(name):

@@ -27,5 +27,6 @@ if [ "$(cat "$VENV/beside/made_from" 2>/dev/null)" != "$beside" ]; then
 fi
 # the tests start hundreds of processes, and each would compile all modules again if the shell forbids to keep them compiled
 unset PYTHONDONTWRITEBYTECODE
-# one process per core; all tests of a file run in one process, so that they share its trained models
-OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile ${quick[@]+"${quick[@]}"} "$@"
+# one process per core; all tests of a file run in one process, so that they share its trained models; files in the order in
+# which they are collected, not those with the most tests first
+OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder ${quick[@]+"${quick[@]}"} "$@"

@@ -211,7 +211,7 @@ def peaks(cases: list[str], layer: Layer, sizes: list[int]) -> dict[str, int]:
     if layer.x.is_cuda:
         most = {case: _peak_on_gpu(case, layer) for case in (*cases, "dense")}
     else:
-        # a process that has imported all modules and done nothing else; each case runs in a fork of it
+        # each case runs in a fork of a process that has imported all modules and done nothing
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.speed.dispatch"])
         dtype = str(layer.x.dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run, tool
+from forks import stand_ins
 
 PAGES = (ROOT / "README.md", ROOT / "docs/commands.md")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -47,7 +48,7 @@ fairseq-train() {{
 fairseq-generate() {{ command fairseq-generate "$@" --cpu --num-workers 0; }}
 fairseq-eval-lm() {{ command fairseq-eval-lm "$@" --cpu --num-workers 0 --tokens-per-sample 64; }}
 {text}"""
-    path = f"{tool('fairseq-train').parent}:/usr/bin:/bin"
+    path = f"{stand_ins()}/bin:/usr/bin:/bin"
     return run("bash", "-c", script, cwd=place, env={"PATH": path})
 
 

@@ -1,14 +1,14 @@
 """The helper with which tests run a recipe."""
 
 import subprocess
-import sys
 
 from conftest import ROOT, run
+from forks import stand_ins
 
 
 def recipe(name, *args, cwd=ROOT, ok=True):
     """Run a recipe in this environment, marked as up to date so that set-up installs nothing."""
-    home = sys.prefix
+    home = stand_ins()
     wanted = subprocess.run(
         ["bash", "-c", "cat setup.py constraints.txt recipes/lib/ve-fairseq.txt | cksum"],
         cwd=ROOT,

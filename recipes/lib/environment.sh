@@ -82,6 +82,6 @@ if [ "${_found%-*}" != "$_wanted" ] || { [ "$_fairseq" != any ] && [ "${_found##
     _start=$SECONDS
     _install
     echo "$_wanted-$_fairseq" >"$_stamp"
-    echo "set-up: done in $((SECONDS - _start)) s"
+    echo "set-up: done in $((SECONDS - _start)) s, with fairseq $([ "$_fairseq" = wheel ] && echo from a wheel || echo compiled here)"
 fi
 PATH=$VENV/bin:$PATH

@@ -65,6 +65,9 @@ def grouped(rows: list[Row], by: Callable[[Row], str]) -> dict[str, list[Row]]:
     return found
 
 
+LAYER_MS = "ms, of floor, of traffic"
+
+
 def layer(rows: list[Row]) -> str:
     """Time of the whole layer over its floor. If a case has several rows, the last one is used."""
     out = []
@@ -80,11 +83,14 @@ def layer(rows: list[Row]) -> str:
                 r = modes[mode]
                 cells += [
                     short(r["ratio_p50"]),
-                    f"{float(r['ms']):.0f} / {float(r['ms_floor']):.0f}",
+                    " / ".join(
+                        f"{float(r[c]):.0f}" if r[c] else "-"
+                        for c in ("ms", "ms_floor", "ms_traffic")
+                    ),
                 ]
             lines.append(cells)
-        head = ["case", "experts", "tokens", "forward", "ms, of floor", "forward + backward"]
-        out.append(f"**{machine}**\n\n" + table([*head, "ms, of floor"], lines) + "\n")
+        head = ["case", "experts", "tokens", "forward", LAYER_MS, "forward + backward"]
+        out.append(f"**{machine}**\n\n" + table([*head, LAYER_MS], lines) + "\n")
     return "\n".join(out)
 
 

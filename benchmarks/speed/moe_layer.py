@@ -8,7 +8,8 @@ times the hidden width. The `density` cases run the experts alone, under a rando
 fraction of all (token, expert) pairs, and are compared with the same two GEMMs. The layer and its
 floor take turns in every round, and the median of the rounds' ratios is reported with the 20th and
 80th percentile, because single times on a shared machine mean little. FLOPs per round are 2 T D F k
-per GEMM. Freed memory stays in the process for both, as it does in training.
+per GEMM. `ms_traffic` is a second floor: the time in which a copy moves as many bytes as the layer
+has to (`traffic`). Freed memory stays in the process for both, as it does in training.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed.timing import append, interleave, machine, milliseconds, ratios
+from benchmarks.speed.timing import append, copy_rate, interleave, machine, milliseconds, ratios
 from fairseq_evomoe.config import MoEConfig
 from fairseq_evomoe.kernels.experts.values import Routing
 from fairseq_evomoe.kernels.pages import keep_freed_memory
@@ -29,8 +30,8 @@ from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.schedule import EvolutionSchedule
 
 FIELDS = (
-    "benchmark case mode ratio_p50 ratio_p20 ratio_p80 ms ms_floor gflops_floor tokens width "
-    "hidden experts threads dtype device torch date"
+    "benchmark case mode ratio_p50 ratio_p20 ratio_p80 ms ms_floor ms_traffic gflops_floor tokens "
+    "width hidden experts threads dtype device torch date"
 ).split()
 
 
@@ -83,6 +84,17 @@ def step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
     return run
 
 
+def traffic(tokens: int, width: int, hidden: int, experts: int, backward: bool) -> int:
+    """Number of values that pass between memory and processor at least, if all experts have tokens.
+
+    Forward, the weights and x are read and y is written. Backward, the weights, x and dy are read,
+    and dx and the weights' gradients are written. Hidden values may stay in a cache, or be computed
+    again, and are not counted.
+    """
+    weights, x = 2 * experts * width * hidden, tokens * width
+    return 3 * weights + 5 * x if backward else weights + 2 * x
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
@@ -114,6 +126,8 @@ def main() -> None:
         routed = Routed(dense, T, density)
         cases.append((f"density {density}", routed, dense_ffn(D, E * H), E))
 
+    # a copy reads and writes
+    values_per_ms = 2 * copy_rate(device=args.device) / to["dtype"].itemsize / 1e3
     rows = []
     for name, ours, floor, k in cases:
         if args.cases and name not in args.cases:
@@ -129,13 +143,14 @@ def main() -> None:
                 **{"benchmark": "moe_layer", "case": name, "mode": mode},
                 **ratios(times, "ours", "floor"),
                 **{"ms": milliseconds(times["ours"]), "ms_floor": floor_ms},
+                "ms_traffic": round(traffic(T, D, H, E, backward) / values_per_ms, 4),
                 "gflops_floor": round(flops / floor_ms / 1e6, 1),
                 **{"tokens": T, "width": D, "hidden": H, "experts": E},
                 **{"dtype": args.dtype},
                 **machine(args.device),
             }
             rows.append(row)
-            print(json.dumps({k_: row[k_] for k_ in FIELDS[1:9]}), flush=True)
+            print(json.dumps({k_: row[k_] for k_ in FIELDS[1:10]}), flush=True)
     append(args.csv, FIELDS, rows)
 
 

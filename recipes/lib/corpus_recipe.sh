@@ -104,7 +104,7 @@ if [ -z "$only" ] || [ -n "$data" ] || [[ $only =~ ,(download|extract|clean|piec
         ${other_vocab:+vocab="$vocab"} ${other_tests:+tests="${tests[*]}"} drop_broken_lines="$broken" most_pieces="$pieces" long_lines="$long_lines" \
         --versions sentencepiece sacrebleu fairseq-evomoe --results "$WORK"/{text,pieces,bin} "${models[@]}"
 fi
-made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
+made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed ve-fairseq fairseq-evomoe --flags "${flags[@]}"
 made_from "translations $name" --results "$WORK/$name"/{averaged.pt,test*.hyp} \
     --flags --average "$average" $search
 

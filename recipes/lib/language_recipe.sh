@@ -86,7 +86,7 @@ models=()
 for log in "$WORK"/*/train.log; do models+=("$(dirname "$log")"); done
 made_from data --files "${files[@]}" --values data="$([ -n "$data" ] && echo files || echo download)" vocab="$vocab" \
     --versions sentencepiece fairseq-evomoe --results "$WORK"/{text,bin} "$WORK"/classes-* "${models[@]}"
-made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
+made_from "model $name" --results "$WORK/$name" --versions torch fairseq-fixed ve-fairseq fairseq-evomoe --flags "${flags[@]}"
 if [ -n "$classes" ]; then
     bin=$WORK/classes-$(basename "$classes")
     files=()

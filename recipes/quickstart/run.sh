@@ -52,7 +52,7 @@ fi
 made_from data --files "${inputs[@]}" --values source="$src" target="$tgt" vocab="$vocab" \
     most_pieces="$pieces" long_lines="$long_lines" --versions sentencepiece fairseq-evomoe \
     --results "$WORK"/{corpus,text,pieces,bin,model}
-made_from model --results "$WORK/model" --versions torch fairseq-fixed fairseq-evomoe --flags "${flags[@]}"
+made_from model --results "$WORK/model" --versions torch fairseq-fixed ve-fairseq fairseq-evomoe --flags "${flags[@]}"
 
 [ "$data" != "$WORK/corpus" ] || [ -e "$data/test_comp.de" ] || python recipes/quickstart/grammar.py --out "$data"
 mkdir -p "$WORK/text"

@@ -1,5 +1,6 @@
 """The baseline gates that DTS is compared with, against loops over their formulas; their limits."""
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -145,8 +146,11 @@ def solver(request, monkeypatch):
     """fairseq's compiled auction, or the scipy solver that replaces it if it is missing."""
     if request.param == "scipy":
         monkeypatch.setattr(base, "libbase", None)
-    else:
-        assert base.libbase is not None, "fairseq was compiled without libbase"
+    elif base.libbase is None:
+        # the one thing that the wheel of ve-fairseq lacks
+        installed = importlib.metadata.packages_distributions()["fairseq"]
+        assert "ve-fairseq" in installed, "fairseq was compiled without libbase"
+        pytest.skip("the libbase of ve-fairseq does not load")
     return request.param
 
 

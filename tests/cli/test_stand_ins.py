@@ -40,8 +40,8 @@ def test_as_the_real_program(tmp_path, monkeypatch, text):
 def test_nothing_is_left_behind(how, tmp_path):
     """The fork ends with its stand-in, and with the process group of its stand-in."""
     code = f'import os, time; open("{tmp_path}/pid", "w").write(str(os.getpid())); time.sleep(60)'
-    alive = "kill -0 $(cat pid) 2>/dev/null && echo alive"
-    wait = "for i in $(seq 100); do [ -s pid ] && break; sleep .1; done"
-    begin = f"set -m; cd {tmp_path}; python -c '{code}' & {wait}"
-    said = say(f"{begin}; {alive}; {how}; sleep 1; {alive}; true", stand_ins())
-    assert said.count("alive") == 1
+    alive = "kill -0 $(cat pid) 2>/dev/null"
+    until = "for i in $(seq 200); do {} && break; sleep .1; done"
+    begin = f"set -m; cd {tmp_path}; python -c '{code}' & {until.format('[ -s pid ]')}"
+    end = f"{until.format('! ' + alive)}; {alive} || echo gone"
+    assert "gone" in say(f"{begin}; {alive} && {how}; {end}", stand_ins())

@@ -88,7 +88,8 @@ def packages() -> Iterator[Finding]:
     yield fairseq()
     for name in PACKAGES:
         try:
-            yield Finding(name, version(name))
+            # torch's own version names the build, such as +cpu or +cu130
+            yield Finding(name, torch.__version__ if name == "torch" else version(name))
         except PackageNotFoundError:
             advice = OPTIONAL.get(name, f"pip install {name}")
             yield Finding(name, "not installed", advice, needed=name not in OPTIONAL)

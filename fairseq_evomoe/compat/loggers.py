@@ -1,4 +1,4 @@
-"""Patches of what fairseq writes to progress bars, TensorBoard, Weights & Biases and Aim.
+"""Patches of how fairseq logs: to progress bars, TensorBoard, Weights & Biases, Aim, checkpoints.
 
 The shares of the load of a layer's experts are one histogram per layer, with a bar per expert, and
 not a scalar per expert: 12 layers of 64 experts would be 768 charts.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy
-from fairseq.logging import progress_bar
+from fairseq.logging import meters, progress_bar
 
 from fairseq_evomoe.compat.patching import patch
 
@@ -44,6 +44,17 @@ def loads_of(stats: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[floa
         for layer, experts in found.items()
     }
     return rest, {layer: values for layer, values in shares.items() if len(values) > 1}
+
+
+@patch(meters.MetersDict, "load_state_dict", test="tests/criterions/test_table_metrics.py")
+def leave_out_other_meters(original: Any) -> Any:
+    """Resume after a validation of look-ups, whose meters fairseq saves and does not know."""
+
+    def load_state_dict(self: Any, state_dict: list[tuple[Any, ...]]) -> None:
+        # they start anew with each validation
+        original(self, [meter for meter in state_dict if meter[2] in vars(meters)])
+
+    return load_state_dict
 
 
 @patch(progress_bar.BaseProgressBar, "_format_stats", test="tests/test_compat.py")

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import build, train, train_args, valid_batch
+from fairseq.logging import meters
 
+from fairseq_evomoe.criterions import table_metrics
 from fairseq_evomoe.kernels.lookup.score import codes
 from fairseq_evomoe.memory.layer import MemoryLayer
 from fairseq_evomoe.memory.usage import counting_rows, usage
@@ -72,3 +74,26 @@ def test_validation_logs_the_whole_run(toy, tmp_path, family):
         assert small == large
     assert 0 < small["memory_bit_imbalance"] < 0.5 and small["memory_row_skew"] > 1
     assert small["memory_unused_rows"] <= large["memory_unused_rows"] + 0.02 < 0.7
+
+
+def test_a_checkpoint_after_a_validation_loads():
+    """fairseq saves the meters of a validation, and resuming leaves out those that are ours."""
+    made = meters.MetersDict()
+    made.add_meter("loss", meters.AverageMeter(), 1)
+    made["loss"].update(3.0)
+    made.add_meter("_memory_hits", table_metrics._Total(), 2)
+    made["_memory_hits"].update(torch.ones(2))
+    loaded = meters.MetersDict()
+    loaded.load_state_dict(made.state_dict())
+    assert list(loaded) == ["loss"] and loaded["loss"].avg == 3.0
+
+
+def test_a_run_goes_on_after_a_validation(toy, tmp_path):
+    """A checkpoint that was saved in the middle of an epoch, after a validation, is resumed."""
+    flags = (*MEMORY, "--save-interval-updates", 4, "--validate-interval-updates", 4)
+    args = train_args(toy, tmp_path, *flags, "--max-update", 4)
+    args.remove("--disable-validation")
+    train(*args)
+    more = train_args(toy, tmp_path, *flags, "--max-update", 6)
+    more.remove("--disable-validation")
+    assert [r["num_updates"] for r in train(*more)] == [5, 6]

@@ -231,6 +231,7 @@ def _peak_on_gpu(case: str, layer: Layer) -> int:
 
 def _peak_alone(case: str, kind: str, dtype: str, sizes: list[int]) -> int:
     """Peak of this process's memory during one forward pass, in bytes; modules are not counted."""
+    # a small layer first, so that the case has imported what it needs
     few = [min(size, most) for size, most in zip(sizes, (8, 4, 16, 16), strict=True)]
     Layer(few, kind, "cpu", getattr(torch, dtype)).step(case, False)()
     layer = Layer(sizes, kind, "cpu", getattr(torch, dtype))

@@ -21,6 +21,7 @@ def say(text, home):
         "python -c 'import sys; print(sys.argv, sys.path[0]); sys.exit(7)' a b; echo $?",
         "echo 'import sys; print(sys.stdin.read(), sys.argv)' | python - a",
         "cd /; python -m json.tool <<<'{\"a\": [1]}'; pwd",
+        "cd /; python -c 'import os; print(os.getcwd())'",
         "python -c 1/0 2>&1 | tail -1",
         "python -c 'exit(\"no\")'; echo $?",
         "echo 'import sys; print(sys.argv, __name__, sys.path[0])' >$TMP/x.py; python $TMP/x.py -b",
@@ -36,10 +37,12 @@ def test_as_the_real_program(tmp_path, monkeypatch, text):
     assert say(text, stand_ins()) == say(text, sys.prefix) != ""
 
 
-@pytest.mark.parametrize("how", ["kill -9 $!", "kill -- -$!"])
-def test_nothing_is_left_behind(how, tmp_path):
-    """The fork ends with its stand-in, and with the process group of its stand-in."""
-    code = f'import os, time; open("{tmp_path}/pid", "w").write(str(os.getpid())); time.sleep(60)'
+@pytest.mark.parametrize(
+    ("how", "who"), [("kill -9 $!", "True"), ("kill -- -$!", "os.fork() == 0")], ids=["9", "group"]
+)
+def test_nothing_is_left_behind(how, who, tmp_path):
+    """The fork ends with its stand-in; its own forks end with the process group, as they would."""
+    code = f'import os, time; {who} and open("pid", "w").write(str(os.getpid())); time.sleep(60)'
     alive = "kill -0 $(cat pid) 2>/dev/null"
     until = "for i in $(seq 200); do {} && break; sleep .1; done"
     begin = f"set -m; cd {tmp_path}; python -c '{code}' & {until.format('[ -s pid ]')}"

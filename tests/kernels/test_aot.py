@@ -24,5 +24,6 @@ def test_compiled_for_gpus_that_are_not_here():
     assert {r["sm"] for r in rows} == {80, 90} and len(rows) >= 150
     for row in rows:
         most = 255 if row["kernel"].startswith("grouped") else 160
-        # Triton 3.7 gives one kernel 8 bytes of stack
-        assert row["local"] == 0 and row["stack"] <= 8 and row["reg"] <= most, row
+        # Triton 3.7 gives this one kernel 8 bytes of stack
+        stack = 8 if row["kernel"].startswith("grouped rows 2, fp32") else 0
+        assert row["local"] == 0 and row["stack"] <= stack and row["reg"] <= most, row

@@ -62,8 +62,10 @@ sys.exit(status)
 """
 IMPORTS = (
     *("PYTHONPATH", "PYTHONWARNINGS", "PYTHONHASHSEED", "LD_PRELOAD", "OMP_NUM_THREADS"),
-    *("EVOMOE_BACKEND", "EVOMOE_SELF_CHECK", "TRITON_INTERPRET"),
+    "TRITON_INTERPRET",
 )
+"""Variables that Python reads when it starts, or torch and Triton when they are imported. What this
+package reads when it is imported is read in the fork, because the server does not import it."""
 
 
 def call(name, words, cwd, env):

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 PYTHON = """#!/bin/bash
 # notes what it is asked for, and does nothing
-echo "$*" >>"$(dirname "$0")/../asked"
+echo "${PYTHONDONTWRITEBYTECODE:+uncompiled }$*" >>"$(dirname "$0")/../asked"
 case "$*" in
     *" download "*) exit $WHEEL ;;
     *" wheel -q "*) exit $BUILD ;;
@@ -41,7 +41,7 @@ def set_up(home, choice="", wheel=0, build=0, extras="plots", programs="gcc g++"
         [tools / "bash", "-c", f"set -euo pipefail; extras={extras} . recipes/lib/environment.sh"],
         cwd=ROOT,
         env={"PATH": str(tools), "EVOMOE_VENV": str(home), "PYTHON": str(home / "bin/python")}
-        | {"WHEEL": str(wheel), "BUILD": str(build), **chosen},
+        | {"WHEEL": str(wheel), "BUILD": str(build), "PYTHONDONTWRITEBYTECODE": "1", **chosen},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -58,11 +58,18 @@ def test_a_new_environment_takes_the_wheel(home):
     """It is not compiled, the last line says so, and the next set-up has nothing to do."""
     status, said, asked = set_up(home)
     assert status == 0 and said.splitlines()[-1].endswith("with fairseq from a wheel")
-    assert (
-        not compiled(asked) and "ve_fairseq" in asked and "uninstall -q -y fairseq-fixed" in asked
-    )
+    assert not compiled(asked)
+    assert "ve_fairseq" in asked and "uninstall -q -y fairseq-fixed" in asked
     assert set_up(home) == (0, "", "")
     assert set_up(home, programs="") == (0, "", "")
+
+
+def test_modules_are_kept_compiled(home):
+    """The set-up ends with an import that writes compiled modules, though the shell forbids it."""
+    _, _, asked = set_up(home)
+    *_, last = asked.splitlines()
+    assert last.endswith("import fairseq, fairseq_evomoe") and not last.startswith("uncompiled")
+    assert asked.count("uncompiled ") == len(asked.splitlines()) - 1
 
 
 def test_where_there_is_no_wheel_it_is_compiled(home):

@@ -36,6 +36,7 @@ setup(
         "fairseq_evomoe.kernels.experts",
         "fairseq_evomoe.kernels.gate",
         "fairseq_evomoe.kernels.lookup",
+        "fairseq_evomoe.kernels.transformer",
         "fairseq_evomoe.memory",
         "fairseq_evomoe.models",
         "fairseq_evomoe.modules",
@@ -50,6 +51,7 @@ setup(
         "fairseq_evomoe.kernels": ["csrc/*"],
         "fairseq_evomoe.kernels.experts": ["csrc/*"],
         "fairseq_evomoe.kernels.lookup": ["csrc/*"],
+        "fairseq_evomoe.kernels.transformer": ["csrc/*"],
     },
     install_requires=[
         # fairseq's main branch, which imports on Python 3.11, is published under this name

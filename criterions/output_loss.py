@@ -6,7 +6,7 @@ from fairseq.models import FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerModelBase
 from torch import Tensor, nn
 
-from fairseq_evomoe.kernels.output_loss import output_loss
+from fairseq_evomoe.kernels.transformer.output_loss import output_loss
 
 FORWARD = (TransformerModelBase.forward, FairseqLanguageModel.forward)
 """Forward passes that can stop before the output layer (`features_only`)."""

@@ -74,7 +74,7 @@ SECTIONS = (
         ("memory_score", "memory_temperature", "memory_norm", "memory_out_proj"),
         ("memory_linear", "memory_straight_through", "memory_dropout"),
         ("memory_spawn_update",),
-        ("memory_ngram", "memory_ngram_rows"),
+        ("memory_ngram", "memory_ngram_rows", "memory_ngram_mapped"),
         ("memory_lr_scale", "memory_weight_decay", "memory_tables"),
     ),
     (

@@ -13,6 +13,7 @@ import matplotlib
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.pages.plots import Row, draw_series, save
+from benchmarks.pages.step_profile import step_profile
 from benchmarks.pages.tables import read, table, write_or_print
 
 matplotlib.use("Agg")
@@ -294,6 +295,7 @@ def places() -> list[tuple[Path, str, str]]:
         (ROOT / "README.md", "cost", cost(layers)),
         (PAGE, "layer", layer(layers)),
         (PAGE, "training", training(read(RESULTS / "training.csv"))),
+        (PAGE, "profile", step_profile(read(RESULTS / "step_profile.csv"))),
         (PAGE, "dispatch", dispatch(read(RESULTS / "dispatch.csv"))),
         (look_ups, "one look-up", lookup(read(RESULTS / "lookup.csv"))),
         (look_ups, "decoding", decode(read(RESULTS / "decode.csv"))),

@@ -59,8 +59,10 @@ def sizes(task: str, width: int, layers: int | None) -> list[Any]:
             "layers": layers or (4 if len(sides) == 1 else 3),
         }
         flags += [x for name, n in values.items() for x in (f"--{side}-{name}", n)]
-    # without them fairseq's own language model makes its output layer 512 wide
-    return [*flags, "--decoder-output-dim", width, "--decoder-input-dim", width]
+    if task == "lm":
+        # without them fairseq's own language model makes its output layer 512 wide
+        flags += ["--decoder-output-dim", width, "--decoder-input-dim", width]
+    return flags
 
 
 DENSE = ("--moe-freq", 0)
@@ -69,6 +71,9 @@ CASES = {
     "dense": DENSE,
     "switch": (*MOE, "--moe-gate", "switch"),
     "dts": (*MOE, "--moe-gate", "dts", "--dts-hard-update", 1),
+    "base": (*MOE, "--moe-gate", "base"),
+    "expert_choice": ("--encoder-moe-freq", 2, *MOE[2:], "--moe-gate", "expert_choice"),
+    "n-grams": (*DENSE, "--memory-ngram", 2),
     "memoryformer": (*DENSE, "--memory-ffn", "--memory-attention", "--memory-bits", 4),
 }
 ARITHMETIC = {
@@ -91,54 +96,79 @@ class Run:
         model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
         self.trainer = Trainer(cfg, task, model, criterion)
         task.load_dataset("train")
-        iterator = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
+        self.iterator = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
         self.trainer.begin_epoch(1)
-        self.batches = list(itertools.islice(iterator.next_epoch_itr(shuffle=False), batches))
+        self.batches = list(itertools.islice(self.epoch(), batches))
         self.words = sum(int(b["ntokens"]) for b in self.batches)
         for _, layer in moe_layers(model):
             layer.set_split(True)
             torch.nn.init.normal_(layer.gate.weight)
+
+    def epoch(self) -> Any:
+        """The batches from the first on, in a random order that is the same for all models."""
+        return self.iterator.next_epoch_itr(shuffle=True)
 
     def __call__(self) -> None:
         for batch in self.batches:
             self.trainer.train_step([batch])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which models are trained, on what data and how often."""
     parser.add_argument("--task", choices=SETUPS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="binarised by fairseq-preprocess")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--arithmetic", nargs="+", choices=ARITHMETIC, default=["float32", "amp"])
+    usual = [case for case in CASES if case != "expert_choice"]
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=usual,
+        help="default: all but expert_choice, which works in encoders alone",
+    )
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, help="layers of each side (default: 4, or 3 and 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--batches", type=int, default=2, help="updates per round")
+    parser.add_argument("--batches", type=int, default=4, help="updates per round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path)
+
+
+def _run(args: argparse.Namespace, kind: str, criterion: str, *flags: Any) -> Run:
+    common = ("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", 1e-3)
+    common += ("--clip-norm", 1, "--max-update", 10**6, "--num-workers", 0)
+    common += ("--cpu",) if args.device == "cpu" else ()
+    common += tuple(sizes(args.task, args.width, args.layers))
+    common += ("--max-tokens", args.max_tokens, "--criterion", criterion)
+    argv = [args.data, "--user-dir", USER_DIR, *SETUPS[args.task][kind], *common, *flags]
+    return Run(argv, args.batches)
+
+
+def stock_run(args: argparse.Namespace, *flags: Any) -> Run:
+    """fairseq's own model and criterion."""
+    return _run(args, "stock", SETUPS[args.task]["criterion"], *flags)
+
+
+def our_run(args: argparse.Namespace, case: str, arithmetic: str) -> Run:
+    """One of `CASES` in one of `ARITHMETIC`."""
+    criterion = f"moe_{SETUPS[args.task]['criterion']}"
+    return _run(args, "ours", criterion, *CASES[case], *ARITHMETIC[arithmetic])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    parser.add_argument("--arithmetic", nargs="+", choices=ARITHMETIC, default=["float32", "amp"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setup = SETUPS[args.task]
-
-    def run(kind: str, *flags: Any, criterion: str) -> Run:
-        common = ("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", 1e-3)
-        common += ("--clip-norm", 1, "--max-update", 10**6, "--num-workers", 0)
-        common += ("--cpu",) if args.device == "cpu" else ()
-        common += tuple(sizes(args.task, args.width, args.layers))
-        common += ("--max-tokens", args.max_tokens, "--criterion", criterion)
-        argv = [args.data, "--user-dir", USER_DIR, *setup[kind], *common, *flags]
-        return Run(argv, args.batches)
-
-    runs = {("stock", "float32"): run("stock", criterion=setup["criterion"])}
+    runs = {("stock", "float32"): stock_run(args)}
     if "bf16" in args.arithmetic:
-        runs["stock", "bf16"] = run("stock", "--bf16", criterion=setup["criterion"])
+        runs["stock", "bf16"] = stock_run(args, "--bf16")
     for case, arithmetic in itertools.product(args.cases, args.arithmetic):
-        flags = (*CASES[case], *ARITHMETIC[arithmetic])
-        runs[case, arithmetic] = run("ours", *flags, criterion=f"moe_{setup['criterion']}")
+        runs[case, arithmetic] = our_run(args, case, arithmetic)
     times = interleave({f"{c} {a}": r for (c, a), r in runs.items()}, args.rounds)
     rows = []
     for (case, arithmetic), r in runs.items():

@@ -19,7 +19,7 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from fairseq_evomoe.compat.patching import patch
-from fairseq_evomoe.kernels.attention import fast_attention, is_fast, recomputed
+from fairseq_evomoe.kernels.transformer.attention import fast_attention, is_fast, recomputed
 from fairseq_evomoe.old_names import warn_of_old_names
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import tempfile
 import typing
 import zipfile
 from collections import defaultdict
@@ -107,6 +108,34 @@ def read_old_flags(original: Any) -> Any:
         return state
 
     return load_checkpoint_to_cpu
+
+
+@patch(checkpoint_utils, "load_checkpoint_to_cpu", test="tests/memory/test_mapped_ngrams.py")
+def leave_mapped_tables_in_the_file(original: Any) -> Any:
+    """Map a checkpoint whose n-gram tables stay in the file, instead of reading it whole."""
+
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> Any:
+        state = _mapped(path)
+        if state is None:
+            return original(path, *args, **kwargs)
+        # fairseq prepares the flags; the weights go around it
+        weights = state.pop("model")
+        with tempfile.TemporaryDirectory() as folder:
+            rest = os.path.join(folder, os.path.basename(path))
+            torch.save({**state, "model": {}}, rest)
+            return {**original(rest, *args, **kwargs), "model": weights}
+
+    return load_checkpoint_to_cpu
+
+
+def _mapped(path: str) -> dict[str, Any] | None:
+    """The contents of such a checkpoint, mapped; None for any other file."""
+    if not (os.path.isfile(path) and zipfile.is_zipfile(path)):
+        return None
+    state = torch.load(path, map_location="cpu", mmap=True)
+    flags = (state.get("cfg") or {}).get("model") or {}
+    get = flags.get if hasattr(flags, "get") else lambda name: getattr(flags, name, None)
+    return state if get("memory_ngram_mapped") else None
 
 
 @patch(ema.EMA, "__init__", test="tests/cli/test_commands.py")

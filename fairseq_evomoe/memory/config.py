@@ -92,6 +92,11 @@ class MemoryConfig(Flags):
         "on both sides; 2 to 4, or 0 for none",
     )
     memory_ngram_rows: int = option(65536, "number of rows of the n-gram tables")
+    memory_ngram_mapped: bool = option(
+        False,
+        "leave the n-gram tables in the checkpoint's file and read the rows that are needed from "
+        "there, as evomoe-export --ngrams mapped writes them",
+    )
     memory_tables: TableStorage = option(
         "trained",
         "how tables are stored: trained, or fp32, bf16 or int8 as evomoe-export --tables writes "
@@ -174,6 +179,11 @@ class MemoryConfig(Flags):
             self.memory_ngram in (0, 2, 3, 4), "--memory-ngram", "choose 2, 3 or 4, or 0 for none"
         )
         self.need(self.memory_ngram_rows >= 1, "--memory-ngram-rows", "must be 1 or more")
+        self.need(
+            self.memory_tables != "trained" or not self.memory_ngram_mapped,
+            "--memory-ngram-mapped",
+            "tables in training lie in memory: evomoe-export --ngrams mapped converts a checkpoint",
+        )
         self.need(0 <= self.memory_dropout < 1, "--memory-dropout", "must be from 0 to below 1")
         self.need(
             self.memory_dropout == 0 or self.memory_score != "prob",

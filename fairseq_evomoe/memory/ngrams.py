@@ -12,6 +12,7 @@ own, so that two n-grams seldom share all of their row.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,30 @@ class NgramTables(StoredTables):
                 f"{HASHES} hashes; give a multiple of {HASHES}"
             )
         self.length, self.pad, self.factor = cfg.memory_ngram, pad, width**0.5
-        self.store(torch.zeros(HASHES, cfg.memory_ngram_rows, width // HASHES), cfg)
+        self.mapped = cfg.memory_ngram_mapped
+        shape = (HASHES, cfg.memory_ngram_rows, width // HASHES)
+        if self.mapped:
+            # one value stands for all until the checkpoint's own tables take its place
+            self.store(torch.zeros(1, 1, 1), cfg)
+            self.tables = self.tables.expand(shape)
+            if self.row_scale is not None:
+                self.row_scale = self.row_scale.expand(shape[:2])
+        else:
+            self.store(torch.zeros(shape), cfg)
+
+    def use_large_pages(self) -> None:
+        """Do nothing with mapped tables, which the system would have to read for it."""
+        if not self.mapped:
+            super().use_large_pages()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.mapped:
+            for name in ("tables", "row_scale"):
+                found = state_dict.get(prefix + name)
+                if found is not None and found.shape == getattr(self, name).shape:
+                    # taken as it is; torch then copies it onto itself, which does nothing
+                    setattr(self, name, found)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         k, n, w = self.tables.shape

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_evomoe.config import EvolutionConfig
-from fairseq_evomoe.kernels.attention import fast_attention
-from fairseq_evomoe.kernels.matmul import by_onednn, choose, products
 from fairseq_evomoe.kernels.pages import keep_freed_memory
+from fairseq_evomoe.kernels.transformer.attention import fast_attention
+from fairseq_evomoe.kernels.transformer.matmul import by_onednn, choose, products
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
 from fairseq_evomoe.modules.records import RoutingLog, recording

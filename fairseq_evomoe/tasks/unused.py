@@ -71,7 +71,7 @@ FREQUENCIES = ("moe_freq", "encoder_moe_freq", "decoder_moe_freq")
 SPLIT = _names(SplitConfig)
 DTS_TIMES = tuple(n for n in _names(EvolutionConfig) if n.startswith("dts_"))
 
-NGRAMS = ("memory_ngram", "memory_ngram_rows")
+NGRAMS = ("memory_ngram", "memory_ngram_rows", "memory_ngram_mapped")
 
 RULES = (
     Rule(
@@ -120,7 +120,11 @@ RULES = (
         "--expert-parallel",
     ),
     Rule(("cpu_matmul",), lambda s: on_cpu(s.task), "a CPU: give --cpu"),
-    Rule(("memory_ngram_rows",), lambda s: s.memory.memory_ngram > 0, "--memory-ngram"),
+    Rule(
+        ("memory_ngram_rows", "memory_ngram_mapped"),
+        lambda s: s.memory.memory_ngram > 0,
+        "--memory-ngram",
+    ),
     Rule(
         ("memory_tables", "memory_weight_decay"),
         lambda s: s.looks_up or s.memory.memory_ngram > 0,

@@ -24,6 +24,7 @@ def converted(
     tables: str | None = None,
     experts: str | None = None,
     output_layer: str | None = None,
+    ngrams: str | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint and convert its tables, experts or output layer, for inference only.
 
@@ -35,12 +36,18 @@ def converted(
             (`--memory-linear`) is added to the rows; "fp32" does this alone.
         experts: "int8", with one scale per row of an expert's matrices.
         output_layer: "int8", with one scale per word.
+        ngrams: "mapped" leaves the tables of `--memory-ngram` in the file when a model is loaded;
+            without `tables`, all tables become "fp32".
 
     Raises:
         ValueError: the checkpoint has nothing that can be converted.
     """
     checkpoint = load(source)
     checkpoint.pop("last_optimizer_state", None)
+    if ngrams is not None:
+        _map_ngrams(checkpoint, source)
+        if read_flag(flags_of(checkpoint), "memory_tables", "trained") == "trained":
+            tables = tables or "fp32"
     if tables is not None:
         _convert_tables(checkpoint, source, tables)
     if experts is not None:
@@ -110,6 +117,14 @@ def _convert_output_layer(checkpoint: dict[str, Any], source: Path, dtype: str) 
         raise ValueError(f"--output-layer: {source} holds a model of fairseq's own; train ours")
     model[name], model["decoder.output_projection.row_scale"] = quantise(model[name])
     checkpoint["cfg"]["model"] = with_flags(flags, output_storage=dtype)
+
+
+def _map_ngrams(checkpoint: dict[str, Any], source: Path) -> None:
+    """Record that n-gram tables stay in the file; `compat.saving` and `NgramTables` act on it."""
+    flags = flags_of(checkpoint)
+    if not read_flag(flags, "memory_ngram"):
+        raise ValueError(f"--ngrams: {source} has no n-gram tables (--memory-ngram)")
+    checkpoint["cfg"]["model"] = with_flags(flags, memory_ngram_mapped=True)
 
 
 def _without_dense_layers(checkpoint: dict[str, Any], source: Path) -> None:

@@ -24,12 +24,14 @@ from pathlib import Path
 
 import torch
 
-from fairseq_evomoe.kernels import matmul, native, self_check
+from fairseq_evomoe.kernels import native, self_check
 from fairseq_evomoe.kernels.experts import few_rows, gpu
 from fairseq_evomoe.kernels.experts.values import ExpertWeights
 from fairseq_evomoe.kernels.gate import gate, sums
 from fairseq_evomoe.kernels.lookup import cpu
 from fairseq_evomoe.kernels.lookup.lookup import lookup
+from fairseq_evomoe.kernels.transformer import cpu as transformer_cpu
+from fairseq_evomoe.kernels.transformer import matmul
 from fairseq_evomoe.tools.checkpoint import command
 
 FAIRSEQ = ("fairseq-fixed", "ve-fairseq")
@@ -121,6 +123,7 @@ def processor() -> Iterator[Finding]:
     for name, reason, isa in (
         ("look-ups on CPUs", cpu.unavailable(), cpu.isa),
         ("experts for few tokens", few_rows.unavailable(), few_rows.isa),
+        ("attention and loss", transformer_cpu.unavailable(), transformer_cpu.isa),
     ):
         advice = "torch serves instead, more slowly; the reason is above" if reason else ""
         found = reason.splitlines()[0] if reason else f"built, for {native.ISAS[isa()]}"

@@ -113,13 +113,14 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag}: has no effect without --format {' or '.join(formats)}")
     if args.from_hf and (args.format != "safetensors" or _smaller(args)):
         raise ValueError(
-            "--from-hf: makes a checkpoint; leave out --format, --tables, --experts, --output-layer"
+            "--from-hf: makes a checkpoint; leave out --format, --tables, --experts, "
+            "--output-layer and --ngrams"
         )
 
 
 def _smaller(args: argparse.Namespace) -> dict[str, str]:
     """The dtypes of weights that are asked for: argument of `converted` -> dtype."""
-    names = ("tables", "experts", "output_layer")
+    names = ("tables", "experts", "output_layer", "ngrams")
     return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
@@ -146,8 +147,8 @@ def _for_transformers(args: argparse.Namespace) -> None:
         )
     if _smaller(args):
         raise ValueError(
-            f"--format {args.format}: convert first (--tables or --experts), and export the "
-            "checkpoint that this writes"
+            f"--format {args.format}: convert first (--tables, --experts or --ngrams), and export "
+            "the checkpoint that this writes"
         )
     refuse_existing(args.output)
     to_hf = _transformers("write")
@@ -199,6 +200,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("int8",),
         help="write a checkpoint with the decoder's output layer of this dtype instead, for "
         "inference; the embeddings stay as they are",
+    )
+    made.add_argument(
+        "--ngrams",
+        choices=("mapped",),
+        help="write a checkpoint whose n-gram tables stay in its file when it is loaded, and of "
+        "which inference reads the rows that it needs",
     )
     made.add_argument(
         "--format",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Pairs
-from fairseq_evomoe.kernels.matmul import by_onednn
+from fairseq_evomoe.kernels.transformer.matmul import by_onednn
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""kernels/output_loss.py and criterions/output_loss.py: the loss in pieces equals fairseq's."""
+"""The loss in pieces equals fairseq's: transformer/output_loss.py, criterions/output_loss.py."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_l
 from torch import nn
 
 from fairseq_evomoe.criterions.output_loss import OutputLossMixin, output_weight
-from fairseq_evomoe.kernels import output_loss as module
-from fairseq_evomoe.kernels.output_loss import output_loss
+from fairseq_evomoe.kernels.transformer import output_loss as module
+from fairseq_evomoe.kernels.transformer.output_loss import output_loss
 
 DENSE = ("--moe-freq", 0, "--dropout", 0)
 

@@ -1,12 +1,12 @@
-"""kernels/matmul.py: float32 products on CPUs by torch's library or by oneDNN."""
+"""kernels/transformer/matmul.py: float32 products on CPUs by torch's library or by oneDNN."""
 
 import threading
 
 import pytest
 import torch
 
-from fairseq_evomoe.kernels import matmul
-from fairseq_evomoe.kernels.matmul import Measured, by_onednn, choose, measure, products
+from fairseq_evomoe.kernels.transformer import matmul
+from fairseq_evomoe.kernels.transformer.matmul import Measured, by_onednn, choose, measure, products
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from conftest import FAMILIES, build, train, train_args, valid_batch
 from torch import nn
 
 from fairseq_evomoe.criterions import moe_cross_entropy
-from fairseq_evomoe.kernels import output_loss
-from fairseq_evomoe.kernels.matmul import MOST_ERROR, by_onednn, measure
+from fairseq_evomoe.kernels.transformer import output_loss
+from fairseq_evomoe.kernels.transformer.matmul import MOST_ERROR, by_onednn, measure
 from fairseq_evomoe.modules.gates.base import ScoreGate
 
 STAGES = ("--evo-spawn-update", 4, "--dts-anneal-updates", 4, "--dts-hard-update", 9)

@@ -22,6 +22,7 @@ def test_this_installation_is_well(capsys):
         "ok  processor: ",
         "ok  look-ups on CPUs: built, for ",
         "ok  experts for few tokens: built, for ",
+        "ok  attention and loss: built, for ",
         "ok  float32 products: by ",
         "ok  training, 20 updates: loss ",
     ):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fairseq_evomoe.kernels.transformer import cpu
+
 PIECE = {"cpu": 2**20, "cuda": 2**25}
 """Device -> number of logits in a piece. On a CPU it fits into the cache of a core."""
 FEWEST_ROWS = 64
@@ -46,6 +48,38 @@ def output_loss(
     return loss, nll
 
 
+def softmax_loss(
+    logits: Tensor, target: Tensor, sure: float, rest: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of -log p[target] and of -sum_w log p[w], where p = softmax(logits).
+
+    The logits (T, V) become p - rest - sure onehot(target), in place, which is the gradient of sure
+    times the first sum plus rest times the second if sure + rest V = 1. Without `gradient` they are
+    undefined afterwards.
+
+    Returns:
+        Two float64 scalars.
+    """
+    if cpu.serves(logits, logits.dtype):
+        sums = cpu.softmax_loss(logits, target, sure=sure, rest=rest, gradient=gradient)
+        return sums[0], sums[1]
+    word, vocabulary = target[:, None], logits.size(1)
+    at_target = logits.gather(1, word)
+    largest = logits.amax(1, keepdim=True)
+    smooth = -logits.sum(dtype=torch.float64)
+    # the logits become the softmax, then the gradient, in place
+    odds = logits.sub_(largest).exp_()
+    mass = odds.sum(1, keepdim=True)
+    norm = mass.log().add_(largest)
+    nll = (norm - at_target).sum(dtype=torch.float64)
+    smooth += vocabulary * norm.sum(dtype=torch.float64)
+    if gradient:
+        odds.div_(mass).scatter_add_(1, word, torch.full_like(at_target, -sure))
+        if rest:
+            odds.sub_(rest)
+    return nll, smooth
+
+
 class _OutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,26 +103,14 @@ class _OutputLoss(torch.autograd.Function):
             smooth = nll.clone()
             for start in range(0, total, rows):
                 x = states[start : start + rows].to(product)
-                word = target[start : start + rows, None]
+                word = target[start : start + rows]
                 logits = F.linear(x, table).to(exact)
-                at_target = logits.gather(1, word)
-                largest = logits.amax(1, keepdim=True)
-                if rest:
-                    smooth -= logits.sum(dtype=torch.float64)
-                # the logits become the softmax, then the gradient, in place
-                odds = logits.sub_(largest).exp_()
-                mass = odds.sum(1, keepdim=True)
-                norm = mass.log().add_(largest)
-                nll += (norm - at_target).sum(dtype=torch.float64)
-                if rest:
-                    smooth += vocabulary * norm.sum(dtype=torch.float64)
+                found = softmax_loss(logits, word, sure, rest, needs_states or needs_weight)
+                nll += found[0]
+                smooth += found[1]
                 if not (needs_states or needs_weight):
                     continue
-                gradient = odds.div_(mass)
-                gradient.scatter_add_(1, word, torch.full_like(at_target, -sure))
-                if rest:
-                    gradient.sub_(rest)
-                gradient = gradient.to(product)
+                gradient = logits.to(product)
                 if d_states is not None:
                     d_states[start : start + rows] = gradient @ table
                 if d_weight is not None:

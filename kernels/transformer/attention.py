@@ -1,8 +1,10 @@
-"""Attention on CPUs where torch's own is slow: bfloat16, oneDNN's products, and short sequences.
+"""Attention on CPUs, where training with torch's own is slow.
 
 torch's flash attention for CPUs passes its many small products to routines that take longer to
-start than to multiply, most of all in the backward pass of bfloat16. Two batched products and a
-softmax are faster there (benchmarks/speed/training.py), for the price of the probabilities' memory.
+start than to multiply, most of all in the backward pass of bfloat16. In float32 the kernel of
+`cpu` serves instead. In bfloat16, or where oneDNN makes the products, two batched products and a
+softmax are faster (benchmarks/speed/training.py), for the price of the probabilities' memory; so
+they are for short sequences in float32, where no kernel can be built.
 
 Letters: B sequences, N heads, L queries, S keys, C width of a head.
 """
@@ -17,10 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels.matmul import by_onednn
+from fairseq_evomoe.kernels.transformer import cpu
+from fairseq_evomoe.kernels.transformer.matmul import by_onednn
 
+TINY = 16 * 16
+"""Largest number of scores per head, L S, for which two products beat the kernel in float32."""
 SHORT = 64 * 64
-"""Largest number of scores per head, L S, for which products beat flash attention in float32.
+"""The same for products and flash attention.
 
 If oneDNN makes the products, flash attention is slow at every length, without gradients too.
 """
@@ -101,18 +106,24 @@ def attention(
     product = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         product = torch.get_autocast_dtype(query.device.type)
-    trains = torch.is_grad_enabled() and query.requires_grad
-    fast = (
+    trains = (torch.is_grad_enabled() and query.requires_grad) or _RECOMPUTED.get()
+    scores = query.size(-2) * key.size(-2)
+    plain = (
         query.device.type == "cpu"
-        and (trains or _RECOMPUTED.get() or by_onednn())
         and query.dim() == 4
         and not (is_causal or dropout_p or options)
         and not (attn_mask is not None and attn_mask.requires_grad)
         and key.shape == value.shape
         and key.shape[:2] == query.shape[:2]
-        and (product == torch.bfloat16 or by_onednn() or query.size(2) * key.size(2) <= SHORT)
+    )
+    fast = (
+        plain
+        and (trains or by_onednn())
+        and (product == torch.bfloat16 or by_onednn() or scores <= SHORT)
         and product in (torch.bfloat16, torch.float32, torch.float64)
     )
+    if plain and trains and scores > TINY and cpu.serves_attention(query, product):
+        return cpu.Attention.apply(query, key, value, attn_mask)
     if not fast:
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     with torch.autocast("cpu", enabled=False):

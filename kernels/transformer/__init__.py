@@ -1,0 +1,1 @@
+"""What a training step needs around its experts: attention, the output layer's loss, products."""

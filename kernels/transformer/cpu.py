@@ -1,0 +1,104 @@
+"""The C++ kernels of csrc/transformer_cpu.cpp: attention and the loss's softmax in float32 on CPUs.
+
+Letters: B sequences, N heads, L queries, S keys, C width of a head, T tokens, W words.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fairseq_evomoe.kernels import native
+from fairseq_evomoe.kernels.backend import constant_when_compiled, forced_backend
+
+SOURCES = Path(__file__).parent / "csrc"
+
+LANES = 4
+"""Floats in the smallest register; the width of a head is a multiple of it."""
+
+
+@constant_when_compiled
+def unavailable() -> str:
+    """Reason why the ops are unavailable, or "" if they are loaded."""
+    return native.load(SOURCES, "transformer_cpu")
+
+
+@functools.cache
+def isa() -> int:
+    """Index into `native.ISAS` of the instruction set to use, once the ops are loaded."""
+    return native.chosen_isa(torch.ops.evomoe.transformer_isa())
+
+
+def serves(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the ops can take tensors like this one, in products of this dtype."""
+    return (
+        x.is_cpu
+        and x.dtype == dtype == torch.float32
+        and forced_backend() in ("", "native")
+        and not torch.compiler.is_compiling()
+        and not unavailable()
+    )
+
+
+def serves_attention(query: Tensor, dtype: torch.dtype) -> bool:
+    """The same for attention, whose heads must fill registers."""
+    return query.size(-1) % LANES == 0 and serves(query, dtype)
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """The tensor, with its last axis contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def full_mask(mask: Tensor | None, scores: tuple[int, ...]) -> Tensor | None:
+    """A mask as float32 (B, N, L, S), its axes broadcast without a copy where that is possible."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return whole_rows(mask.float().expand(scores))
+
+
+class Attention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(C) + mask) v for q (B, N, L, C), k and v (B, N, S, C), all float32.
+
+    Keys behind the last one that the mask leaves open to a block of queries are skipped, which
+    halves the work under a causal mask. The backward pass computes the probabilities again.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        q, k, v = (whole_rows(x) for x in (query, key, value))
+        mask = full_mask(mask, (*q.shape[:3], k.size(2)))
+        y, norm = torch.ops.evomoe.attention.default(q, k, v, mask, isa())
+        y = y.permute(1, 2, 0, 3)
+        ctx.save_for_backward(q, k, v, mask, y, norm)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        op = torch.ops.evomoe.attention_backward.default
+        gradients = op(*ctx.saved_tensors, whole_rows(dy), isa())
+        return (*(d.permute(1, 2, 0, 3) for d in gradients), None)
+
+
+def softmax_loss(
+    logits: Tensor, target: Tensor, *, sure: float, rest: float, gradient: bool
+) -> Tensor:
+    """Replace logits (T, W) by the gradient p - rest - sure onehot(target), where p is the softmax.
+
+    Args:
+        logits: float32, contiguous; what they hold without `gradient` is undefined.
+        target: (T,) int64.
+        sure, rest: weights of the target's and of every word's -log p.
+        gradient: whether it is wanted.
+
+    Returns:
+        (2,) float64, the sums over tokens of -log p[target] and of -sum_w log p[w].
+    """
+    rows = torch.empty(len(logits), 2, dtype=torch.float64)
+    op = torch.ops.evomoe.softmax_loss.default
+    op(logits, target.contiguous(), sure, rest, gradient, rows, isa())
+    return rows.sum(0)

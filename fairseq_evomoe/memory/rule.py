@@ -92,7 +92,9 @@ class HashRule:
 
     def slices(self, x: Tensor) -> Tensor:
         """Cut x into the slices to hash, padded with zeros: (..., D) -> (B, K, t)."""
-        z = F.pad(x.reshape(-1, self.width), (0, self.count * self.bits - self.width))
+        z = x.reshape(-1, self.width)
+        if self.count * self.bits > self.width:
+            z = F.pad(z, (0, self.count * self.bits - self.width))
         return z.view(-1, self.count, self.bits)
 
     def fold(self, tables: Tables) -> Tables:
@@ -124,8 +126,8 @@ class HashRule:
                 temperature=self.temperature,
             )
         scale = self.scale / (1 - self.dropout) if dropped else self.scale
-        if scale != 1:
-            y = y * scale
         if tables.bias is not None:
-            y = y + tables.bias.to(y.dtype)
+            y = torch.add(tables.bias.to(y.dtype), y, alpha=scale)
+        elif scale != 1:
+            y = y * scale
         return y.view(*x.shape[:-1], y.size(-1))

@@ -50,6 +50,26 @@ static inline float widen(bfloat x) {
     return f;
 }
 
+// e^x for x <= 0, 0 for x below -87, and not a number where x is none. After range reduction to |r| <= ln(2)/2, the Taylor series is
+// evaluated up to r^7 (1e-8).
+static inline fv exp_negative(fv x) {
+    const iv tiny = x < -87.0f;
+    x = (fv)(((iv)x & ~tiny) | ((iv)(fv{} - 87.0f) & tiny));
+    const iv n = __builtin_convertvector(x * 1.44269504088896f - 0.5f, iv);
+    const fv k = __builtin_convertvector(n, fv);
+    const fv r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    fv y = fv{} + 1.98412698e-4f;
+    y = y * r + 1.38888889e-3f;
+    y = y * r + 8.33333333e-3f;
+    y = y * r + 4.16666667e-2f;
+    y = y * r + 1.66666667e-1f;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    y = (fv)((iv)y + (n << 23));
+    return (fv)((iv)y & ~tiny);
+}
+
 // Sum of the lanes; in each step the upper half is added to the lower half.
 static inline float total(fv v) {
     typedef float f8 __attribute__((vector_size(32)));

@@ -85,13 +85,17 @@ static fv dots(const int8_t* const* w, const int16_t* const* x, int64_t K) {
 template <class W, class Put>
 static void linear(const Job& j, const W* w, const float* scale, const float* bias, int64_t first,
                    int64_t last, int64_t a, int64_t b, const Put& put) {
-    for (int64_t n = a; n < b; n += R) {
-        const int64_t width = std::min<int64_t>(R, b - n);
+    // R rows that are read side by side lie a part of the block apart: the processor fetches streams ahead in
+    // different pages, but loses track of several in one
+    const int64_t part = (b - a + R - 1) / R;
+    for (int64_t n = a; n < a + part; n++) {
+        int width = 0;
         const W* rows[R];
-        for (int r = 0; r < R; r++) rows[r] = w + (n + std::min<int64_t>(r, width - 1)) * j.K;
-        // rows of the next step: the hardware does not follow this many streams across their ends
-        for (int64_t at = 0; at < j.K * R && n + R < b; at += 64 / (int64_t)sizeof(W))
-            __builtin_prefetch(w + (n + R) * j.K + at);
+        for (int r = 0; r < R; r++) {
+            const bool exists = n + r * part < b;
+            rows[r] = w + (exists ? n + r * part : n) * j.K;
+            width += exists;
+        }
         for (int64_t p = first; p < last; p += M) {
             const int m = (int)std::min<int64_t>(M, last - p);
             decltype(input(j, 0, w)) inputs[M];
@@ -109,17 +113,19 @@ static void linear(const Job& j, const W* w, const float* scale, const float* bi
             }
             for (int i = 0; i < m; i++) {
                 const float step = scale ? j.step[j.row(p + i)] : 1;
-                for (int r = 0; r < width; r++)
-                    put(p + i, n + r, all[i * R + r] * (scale ? step * scale[n + r] : 1) + (bias ? bias[n + r] : 0));
+                for (int r = 0; r < width; r++) {
+                    const int64_t at = n + r * part;
+                    put(p + i, at, all[i * R + r] * (scale ? step * scale[at] : 1) + (bias ? bias[at] : 0));
+                }
             }
         }
     }
 }
 
-// Blocks of N rows of weights per task, so that each reads some 64 KiB.
+// Blocks of N rows of weights per task, so that each reads some 128 KiB.
 template <class W>
 static int64_t block(const Job& j) {
-    const int64_t rows = std::max<int64_t>(1, (1 << 16) / (j.K * (int64_t)sizeof(W)));
+    const int64_t rows = std::max<int64_t>(1, (1 << 17) / (j.K * (int64_t)sizeof(W)));
     return (rows + R - 1) / R * R;
 }
 

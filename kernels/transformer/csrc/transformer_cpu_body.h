@@ -56,23 +56,6 @@ static inline float largest(fv v) {
     return m;
 }
 
-// e^x for x <= 88, and 0 below -87.3, to 2 units in the last place.
-static inline fv exponential(fv x) {
-    // adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits
-    const fv shifted = x * 1.44269504f + 12582912.f;
-    const fv n = shifted - 12582912.f;
-    fv r = x - n * 0.693359375f;
-    r -= n * -2.12194440e-4f;
-    fv p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    const iv power = (iv)p + ((iv)shifted << 23);
-    return x < -87.3f ? fv{} : (fv)power;
-}
-
 static inline int64_t padded(int64_t n) { return (n + V - 1) / V * V; }
 // Length of a row of n scores. Rows a power of two apart would share a few sets of the cache.
 static inline int64_t row_of(int64_t n) { return padded(n) + 16; }
@@ -154,7 +137,7 @@ static inline float add_mask(float* scores, const float* mask, int64_t n) {
 static inline float exponentials(float* scores, float shift, int64_t n) {
     fv sum{};
     for (int64_t s = 0; s < n; s += V) {
-        const fv e = exponential(load(scores + s) - shift);
+        const fv e = exp_negative(load(scores + s) - shift);
         store(scores + s, e);
         sum += e;
     }
@@ -256,7 +239,7 @@ static void losses(float* logits, const int64_t* target, int64_t T, int64_t W, d
             for (int64_t first = 0; first < whole; first += 64 * V) {
                 fv masses{}, sums{};
                 for (int64_t w = first; w < std::min(first + 64 * V, whole); w += V) {
-                    const fv moved = load(x + w) - m, e = exponential(moved);
+                    const fv moved = load(x + w) - m, e = exp_negative(moved);
                     store(x + w, e);
                     masses += e;
                     sums += moved;

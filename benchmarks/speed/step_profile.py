@@ -67,15 +67,20 @@ CLASSES: tuple[tuple[tuple[type, ...], str], ...] = (
 
 
 class Clock:
-    """Adds up the time of parts, each without the parts inside it."""
+    """Adds up the time of parts, each without the parts inside it.
 
-    def __init__(self) -> None:
+    Args:
+        now: a function that returns seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self.seconds: dict[str, float] = defaultdict(float)
         self._parts: list[tuple[str, bool]] = []
-        self._last = time.perf_counter()
+        self._last = now()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         self.seconds[self._parts[-1][0] if self._parts else "fairseq"] += now - self._last
         self._last = now
 

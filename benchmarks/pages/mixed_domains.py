@@ -1,14 +1,15 @@
-"""The table of the runs on text of mixed domains (`benchmarks.quality.campaign`).
+"""The tables of the runs on text of mixed domains (`benchmarks.quality.campaign`).
 
-python -m benchmarks.pages.mixed_domains            print it
-python -m benchmarks.pages.mixed_domains --write    write it into docs/look_up_layers.md
+python -m benchmarks.pages.mixed_domains            print them
+python -m benchmarks.pages.mixed_domains --write    write them into docs
 """
 
+import statistics
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.pages.tables import read, table, write_or_print
-from benchmarks.quality.campaign import KEY, METHODS, VALIDATIONS
+from benchmarks.quality.campaign import KEY, METHODS, STAGES, VALIDATIONS
 
 
 def mixed_domains() -> str:
@@ -36,9 +37,33 @@ def mixed_domains() -> str:
     return table([*head, "minutes", "processor"], lines) + "\n"
 
 
+def best_rates() -> str:
+    """One line per method: the best of the rates that were tried, and its distance to dense."""
+    updates = str(STAGES["rates"][0])
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in read(RESULTS / "quality.csv"):
+        if row["updates"] == updates:
+            rates = found.setdefault(row["method"], {})
+            rates.setdefault(row["rate"], []).append(float(row["valid_bits"]))
+    best = {m: min(rates, key=lambda r: statistics.mean(rates[r])) for m, rates in found.items()}
+    bits = {m: statistics.mean(found[m][rate]) for m, rate in best.items()}
+    lines = [
+        [
+            *(method, str(len(found[method])), best[method]),
+            str(len(found[method][best[method]])),
+            *(f"{bits[method]:.3f}", f"{bits[method] - bits['dense']:+.3f}"),
+        ]
+        for method in sorted(bits, key=lambda m: bits[m])
+    ]
+    return table(["model", "rates tried", "best", "its seeds", "bits", "beside dense"], lines) + "\n"
+
+
 def places() -> list[tuple[Path, str, str]]:
-    """(page, marker, text) of the table."""
-    return [(ROOT / "docs/look_up_layers.md", "mixed domains", mixed_domains())]
+    """(page, marker, text) of each table."""
+    return [
+        (ROOT / "docs/look_up_layers.md", "mixed domains", mixed_domains()),
+        (ROOT / "docs/evidence.md", "best rates", best_rates()),
+    ]
 
 
 if __name__ == "__main__":

@@ -182,7 +182,8 @@ def test_experts_in_int8(toy, tmp_path, more, capsys):
             outputs.append([layer(x.expand(-1, n, -1)) for n in (1, few_rows.FEW_INT8)])
     for plain, rounded in zip(*outputs, strict=True):
         assert 0 < (rounded - plain).norm() / plain.norm() < 0.02
-    assert torch.allclose(outputs[1][0][:, 0], outputs[1][1][:, 0], atol=1e-5)
+    # in place, the inputs are rounded to 16 bits
+    assert torch.allclose(outputs[1][0][:, 0], outputs[1][1][:, 0], atol=4e-5)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert sizes[0] == sizes[1], "a report counts the weights in either form"
     # scales stay float32 where the rest does not

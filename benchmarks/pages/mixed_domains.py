@@ -55,7 +55,8 @@ def best_rates() -> str:
         ]
         for method in sorted(bits, key=lambda m: bits[m])
     ]
-    return table(["model", "rates tried", "best", "its seeds", "bits", "beside dense"], lines) + "\n"
+    head = ["model", "rates tried", "best", "its seeds", "bits", "beside dense"]
+    return table(head, lines) + "\n"
 
 
 def places() -> list[tuple[Path, str, str]]:

@@ -66,7 +66,7 @@ def upgrade_values(flags: Any, *, warn: bool = False) -> None:
         warn: whether to log each replacement, since the user has typed the old value.
     """
     for name, old_values in UNSET.items():
-        value = _get(flags, name)
+        value = read_flag(flags, name)
         if value in old_values and value is not False:
             if warn:
                 logger.warning(
@@ -75,7 +75,7 @@ def upgrade_values(flags: Any, *, warn: bool = False) -> None:
                 )
             _set(flags, name, None)
     for name in NEVER:
-        if _get(flags, name) == 0:
+        if read_flag(flags, name) == 0:
             if warn:
                 logger.warning(
                     "%s 0: this value of version 0.1.0 meant never; today an update beyond "
@@ -83,8 +83,8 @@ def upgrade_values(flags: Any, *, warn: bool = False) -> None:
                     flag_of(name),
                 )
             _set(flags, name, BEYOND_ANY_TRAINING)
-    capacity = _get(flags, "moe_capacity_factor")
-    if _get(flags, "moe_gate") == "expert_choice" and capacity is not None:
+    capacity = read_flag(flags, "moe_capacity_factor")
+    if read_flag(flags, "moe_gate") == "expert_choice" and capacity is not None:
         if warn:
             logger.warning(
                 "--moe-capacity-factor %s: with --moe-gate expert_choice this flag of version "
@@ -99,7 +99,7 @@ def upgrade_flags(flags: Any) -> None:
     """Bring the flags in a checkpoint of version 0.1.0 up to date, in place; others stay."""
     if flags is None:
         return
-    old = {name: _get(flags, name) for name in NEW_NAMES}
+    old = {name: read_flag(flags, name) for name in NEW_NAMES}
     for name, value in old.items():
         if value is not None:
             _set(flags, NEW_NAMES[name], value)
@@ -114,10 +114,11 @@ def upgrade_checkpoint(state: Mapping[str, Any]) -> None:
         upgrade_flags(cfg.get(part))
 
 
-def _get(flags: Any, name: str) -> Any:
+def read_flag(flags: Any, name: str, default: Any = None) -> Any:
+    """Read one of a checkpoint's flags from a Namespace or a mapping."""
     if isinstance(flags, MutableMapping):
-        return flags.get(name)
-    return getattr(flags, name, None)
+        return flags.get(name, default)
+    return getattr(flags, name, default)
 
 
 def _set(flags: Any, name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ def step_profile(rows: list[Row]) -> str:
     found: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
     for row in rows:
         threads = f"{row['threads']} thread" + "s" * (row["threads"] != "1")
-        where = (row["task"], row["device"], threads, row["arithmetic"], row["torch"])
+        where = (row["task"], row["device"], threads, row["arithmetic"], f"torch {row['torch']}")
         found.setdefault(where, {})[row["part"], row["case"]] = row
     out = []
     for (task, *where), cells in found.items():

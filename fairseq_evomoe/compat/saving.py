@@ -17,7 +17,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models.ema import ema
 
 from fairseq_evomoe.compat.patching import patch
-from fairseq_evomoe.old_names import upgrade_checkpoint
+from fairseq_evomoe.old_names import read_flag, upgrade_checkpoint
 from fairseq_evomoe.parallel import sharded_files
 
 
@@ -133,9 +133,8 @@ def _mapped(path: str) -> dict[str, Any] | None:
     if not (os.path.isfile(path) and zipfile.is_zipfile(path)):
         return None
     state = torch.load(path, map_location="cpu", mmap=True)
-    flags = (state.get("cfg") or {}).get("model") or {}
-    get = flags.get if hasattr(flags, "get") else lambda name: getattr(flags, name, None)
-    return state if get("memory_ngram_mapped") else None
+    flags = (state.get("cfg") or {}).get("model")
+    return state if read_flag(flags, "memory_ngram_mapped") else None
 
 
 @patch(ema.EMA, "__init__", test="tests/cli/test_commands.py")

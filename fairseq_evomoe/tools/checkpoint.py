@@ -20,7 +20,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 
 from fairseq_evomoe import compat
-from fairseq_evomoe.old_names import upgrade_checkpoint
+from fairseq_evomoe.old_names import read_flag, upgrade_checkpoint
 from fairseq_evomoe.options import Flags
 from fairseq_evomoe.parallel import sharded_files
 
@@ -143,12 +143,6 @@ def flags_of(checkpoint: dict[str, Any]) -> Any:
     if not cfg or "model" not in cfg:
         raise ValueError("the checkpoint has no `cfg`; save it again with a current fairseq")
     return cfg["model"]
-
-
-def read_flag(flags: Any, name: str, default: Any = None) -> Any:
-    """Read one of a model's flags from a Namespace or a dictionary."""
-    get = flags.get if hasattr(flags, "get") else lambda n, d: getattr(flags, n, d)
-    return get(name, default)
 
 
 def with_flags(flags: Any, **changes: Any) -> Any:

@@ -8,12 +8,12 @@ from tqdm import tqdm
 from fairseq_evomoe.kernels.lookup.score import quantise
 from fairseq_evomoe.memory.config import MemoryConfig
 from fairseq_evomoe.memory.rule import HashRule, Tables
+from fairseq_evomoe.old_names import read_flag
 from fairseq_evomoe.tools.checkpoint import (
     built,
     flags_of,
     load,
     model_class,
-    read_flag,
     with_flags,
 )
 

@@ -22,8 +22,8 @@ from fairseq_evomoe.memory.layer import MemoryBesideFFN, MemoryFFN, MemoryLayer
 from fairseq_evomoe.modules.gates import ScoreGate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer
 from fairseq_evomoe.modules.output_layer import Int8OutputLayer
+from fairseq_evomoe.old_names import read_flag
 from fairseq_evomoe.schedule import Stage
-from fairseq_evomoe.tools.checkpoint import read_flag
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes per weight for each dtype."""

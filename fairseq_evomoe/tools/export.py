@@ -205,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
         "--ngrams",
         choices=("mapped",),
         help="write a checkpoint whose n-gram tables stay in its file when it is loaded, and of "
-        "which inference reads the rows that it needs",
+        "which inference reads the rows that it needs; without --tables, all tables become fp32",
     )
     made.add_argument(
         "--format",

@@ -5,6 +5,7 @@ Letters: B sequences, N heads, L queries, S keys, C width of a head, T tokens, W
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (whole_rows(x) for x in (query, key, value))
         mask = full_mask(mask, (*q.shape[:3], k.size(2)))
         y, norm = torch.ops.evomoe.attention.default(q, k, v, mask, isa())
@@ -78,7 +79,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         op = torch.ops.evomoe.attention_backward.default
         gradients = op(*ctx.saved_tensors, whole_rows(dy), isa())
         return (*(d.permute(1, 2, 0, 3) for d in gradients), None)
@@ -96,8 +97,14 @@ def softmax_loss(
         gradient: whether it is wanted.
 
     Returns:
-        (2,) float64, the sums over tokens of -log p[target] and of -sum_w log p[w].
+        (2,) float64, the sums over tokens of -log p[target] and of -sum_w log p[w]; the second is 0
+        without `rest`.
+
+    Raises:
+        IndexError: a target is beyond the vocabulary.
     """
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.size(1):
+        raise IndexError(f"a target is out of range for {logits.size(1)} words")
     rows = torch.empty(len(logits), 2, dtype=torch.float64)
     op = torch.ops.evomoe.softmax_loss.default
     op(logits, target.contiguous(), sure, rest, gradient, rows, isa())

@@ -58,7 +58,10 @@ def softmax_loss(
     undefined afterwards.
 
     Returns:
-        Two float64 scalars.
+        Two float64 scalars; the second is 0 without `rest`.
+
+    Raises:
+        IndexError: a target is beyond the vocabulary.
     """
     if cpu.serves(logits, logits.dtype):
         sums = cpu.softmax_loss(logits, target, sure=sure, rest=rest, gradient=gradient)
@@ -66,13 +69,14 @@ def softmax_loss(
     word, vocabulary = target[:, None], logits.size(1)
     at_target = logits.gather(1, word)
     largest = logits.amax(1, keepdim=True)
-    smooth = -logits.sum(dtype=torch.float64)
+    smooth = -logits.sum(dtype=torch.float64) if rest else logits.new_zeros((), dtype=torch.float64)
     # the logits become the softmax, then the gradient, in place
     odds = logits.sub_(largest).exp_()
     mass = odds.sum(1, keepdim=True)
     norm = mass.log().add_(largest)
     nll = (norm - at_target).sum(dtype=torch.float64)
-    smooth += vocabulary * norm.sum(dtype=torch.float64)
+    if rest:
+        smooth += vocabulary * norm.sum(dtype=torch.float64)
     if gradient:
         odds.div_(mass).scatter_add_(1, word, torch.full_like(at_target, -sure))
         if rest:

@@ -76,10 +76,11 @@ def test_a_mapped_model_moves_and_casts(trained, tmp_path):
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, rtol=1e-2, atol=1e-4)
 
 
-def test_what_cannot_work(toy, tmp_path):
+def test_what_cannot_work(toy, tmp_path, capsys):
     """Training with mapped tables, and a checkpoint without tables, are refused by name."""
     with pytest.raises(ValueError, match="--memory-ngram-mapped.*evomoe-export --ngrams mapped"):
         build(toy, *NGRAM, "--memory-ngram-mapped")
     train(*train_args(toy, tmp_path, "--moe-freq", 0, "--max-update", 1))
     with pytest.raises(SystemExit):
         exported(tmp_path / "checkpoint_last.pt", tmp_path / "x.pt", "--ngrams", "mapped")
+    assert "has no n-gram tables (--memory-ngram)" in capsys.readouterr().err

@@ -253,7 +253,7 @@ static void losses(float* logits, const int64_t* target, int64_t T, int64_t W, d
             }
             const double log_mass = std::log(mass);
             out[2 * t] = log_mass - ((double)at_target - m);
-            out[2 * t + 1] = W * log_mass - sum;
+            out[2 * t + 1] = rest ? W * log_mass - sum : 0;
             if (!gradient) continue;
             const float factor = (float)(1 / mass), less = (float)rest;
             for (int64_t w = 0; w < whole; w += V) store(x + w, load(x + w) * factor - less);

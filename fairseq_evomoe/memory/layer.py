@@ -55,7 +55,6 @@ class MemoryLayer(Spawning, StoredTables):
         super().__init__()
         self.rule = HashRule.from_flags(width, bits or cfg.memory_bits, cfg)
         drawn = self.rule.draw(out, cfg)
-        self.converted = cfg.memory_tables != "trained"
         self.store(drawn.rows, cfg)
         self.linear = None if drawn.linear is None else nn.Parameter(drawn.linear)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
@@ -136,11 +135,7 @@ class MemoryLayer(Spawning, StoredTables):
         self.refuse_tracing()
         if self.is_dense:
             return with_grads_of_idle(F.linear(x, self.dense_weight(), self.bias), self.tables)
-        if self.training and self.converted:
-            raise ValueError(
-                "--memory-tables bf16, fp32 and int8 are for inference; train the checkpoint that "
-                "evomoe-export made them from"
-            )
+        self.refuse_training()
         counts = current_counts()
         if counts is not None and not self.training:
             counts.add(self, codes(self.rule.slices(x)), self.tables.size(1))

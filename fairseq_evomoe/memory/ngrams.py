@@ -110,6 +110,7 @@ class NgramTables(StoredTables):
             last: whether only the last position is wanted, as in incremental decoding.
         """
         self.refuse_tracing()
+        self.refuse_training()
         if last:
             ids = ids[:, -self.length :]
         at = hashed(ids, self.length, self.tables.size(1), self.pad)

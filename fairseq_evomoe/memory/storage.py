@@ -26,6 +26,7 @@ class StoredTables(StoredWeights):
 
     Attributes:
         tables: a parameter, or a buffer of a smaller dtype for inference.
+        converted: whether it is a buffer.
         row_scale: (K, N) float32, the scales of int8 rows, or None.
     """
 
@@ -33,9 +34,11 @@ class StoredTables(StoredWeights):
     scales: ClassVar[tuple[str, ...]] = ("row_scale",)
     tables: Tensor
     row_scale: Tensor | None
+    converted: bool
 
     def store(self, tables: Tensor, cfg: MemoryConfig) -> None:
         """Keep these tables (K, N, H) float32."""
+        self.converted = cfg.memory_tables != "trained"
         self.register_buffer("row_scale", None)
         if cfg.memory_tables == "trained":
             self.tables = nn.Parameter(tables)
@@ -47,3 +50,15 @@ class StoredTables(StoredWeights):
             stored = tables.bfloat16() if cfg.memory_tables == "bf16" else tables
             self.register_buffer("tables", stored)
         self.use_large_pages()
+
+    def refuse_training(self) -> None:
+        """Stop a training pass whose tables would not learn.
+
+        Raises:
+            ValueError: the tables are converted, and this is a pass in training.
+        """
+        if self.training and self.converted:
+            raise ValueError(
+                "--memory-tables bf16, fp32 and int8 are for inference; train the checkpoint that "
+                "evomoe-export made them from"
+            )

@@ -1,10 +1,11 @@
 """Attention on CPUs, where training with torch's own is slow.
 
 torch's flash attention for CPUs passes its many small products to routines that take longer to
-start than to multiply, most of all in the backward pass of bfloat16. In float32 the kernel of
-`cpu` serves instead. In bfloat16, or where oneDNN makes the products, two batched products and a
-softmax are faster (benchmarks/speed/training.py), for the price of the probabilities' memory; so
-they are for short sequences in float32, where no kernel can be built.
+start than to multiply, most of all in the backward pass of bfloat16. The kernel of `cpu` serves
+instead. It computes in float32; inputs in bfloat16 are widened, unless the processor has tiles
+(AMX), which multiply bfloat16 many times as fast. There, and where oneDNN makes the products, two
+batched products and a softmax are faster (benchmarks/speed/training.py), for the price of the
+probabilities' memory; so they are for short sequences in float32, where no kernel can be built.
 
 Letters: B sequences, N heads, L queries, S keys, C width of a head.
 """
@@ -123,7 +124,8 @@ def attention(
         and product in (torch.bfloat16, torch.float32, torch.float64)
     )
     if plain and trains and scores > TINY and cpu.serves_attention(query, product):
-        return cpu.Attention.apply(query, key, value, attn_mask)
+        own = (x.float() for x in (query, key, value))
+        return cpu.Attention.apply(*own, attn_mask).to(product)
     if not fast:
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     with torch.autocast("cpu", enabled=False):

@@ -31,20 +31,36 @@ def isa() -> int:
     return native.chosen_isa(torch.ops.evomoe.transformer_isa())
 
 
-def serves(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the ops can take tensors like this one, in products of this dtype."""
+def _loaded(x: Tensor) -> bool:
+    """Whether the ops may be called on a tensor of this device here and now."""
     return (
         x.is_cpu
-        and x.dtype == dtype == torch.float32
         and forced_backend() in ("", "native")
         and not torch.compiler.is_compiling()
         and not unavailable()
     )
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def serves(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the ops can take tensors like this one, in products of this dtype."""
+    return x.dtype == dtype == torch.float32 and _loaded(x)
+
+
 def serves_attention(query: Tensor, dtype: torch.dtype) -> bool:
-    """The same for attention, whose heads must fill registers."""
-    return query.size(-1) % LANES == 0 and serves(query, dtype)
+    """Whether attention can, whose heads must fill registers; bfloat16 is widened to float32."""
+    widened = dtype == torch.bfloat16 and not has_tiles()
+    return (
+        query.size(-1) % LANES == 0
+        and query.dtype in (torch.float32, dtype)
+        and (widened or dtype == torch.float32)
+        and _loaded(query)
+    )
 
 
 def whole_rows(x: Tensor) -> Tensor:

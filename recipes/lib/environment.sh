@@ -2,8 +2,9 @@
 #   extras=plots; . recipes/lib/environment.sh
 # Afterwards $VENV/bin is on the PATH. EVOMOE_VENV chooses another folder, PYTHON another interpreter.
 #
-# fairseq itself has no wheel for Python 3.11, and compiling it takes longer than all the rest. EVOMOE_FAIRSEQ=wheel takes
-# the wheel of another distribution of it, whose contents are checked against lib/ve-fairseq.txt; no compiler is needed.
+# fairseq itself has no wheel for Python 3.11, and its wheel for 3.12 was built for another torch, which one of its modules
+# does not load with. Compiling it takes longer than all the rest. EVOMOE_FAIRSEQ=wheel takes the wheel of another
+# distribution of it, whose contents are checked against lib/ve-fairseq.txt; no compiler is needed.
 # EVOMOE_FAIRSEQ=build compiles it. Without a choice, an environment keeps the one it has, and a new one takes the wheel
 # where there is one for this machine.
 
@@ -18,7 +19,7 @@ _do() { "$@" || _fail "this failed: $*"; }
 # builds CUDA sources, which its release does not contain.
 _build_fairseq() {
     env -u CUDA_HOME MAX_JOBS=$(nproc) CFLAGS=-g0 $pip wheel -q --no-build-isolation --no-deps $constraints \
-        --wheel-dir "$VENV/wheels" fairseq-fixed
+        --no-binary fairseq-fixed --wheel-dir "$VENV/wheels" fairseq-fixed
 }
 
 _install() {

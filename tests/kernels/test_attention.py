@@ -57,9 +57,11 @@ def test_gradients_by_differences():
     assert torch.autograd.gradcheck(lambda *x: attention(*x, attn_mask=mask), own)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
-def test_bfloat16(how):
-    """Near float32's result, at any length, in the dtype that is asked for."""
+def test_bfloat16(how, tiles, monkeypatch):
+    """Near float32's result, by the kernel or by products, in the dtype that is asked for."""
+    monkeypatch.setattr(module.cpu, "has_tiles", lambda: tiles)
     own = inputs(2, 2, 80, 80, 16, torch.float32)
     mask = MASKS["causal"](2, 2, 80, 80)
     want = TORCH(*own, attn_mask=mask)

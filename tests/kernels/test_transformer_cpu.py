@@ -152,10 +152,13 @@ def test_who_serves(monkeypatch):
         attention.attention(*own)
     attention.attention(*(x.double() for x in own))
     attention.attention(*(x[:, :, :16] for x in own))
-    with torch.autocast("cpu", torch.bfloat16):
-        attention.attention(*own)
+    for tiles in (True, False):
+        monkeypatch.setattr(cpu, "has_tiles", lambda tiles=tiles: tiles)
+        with torch.autocast("cpu", torch.bfloat16):
+            attention.attention(*own)
+        attention.attention(*(x.bfloat16() for x in own))
     attention.attention(*own, dropout_p=0.1)
-    wanted = ["kernel", "torch", "kernel", *["products"] * 4, "torch"]
+    wanted = ["kernel", "torch", "kernel", *["products"] * 5, "kernel", "kernel", "torch"]
     assert calls == wanted
 
 

@@ -24,7 +24,7 @@ def trained(toy, tmp_path_factory):
 def exported(trained, path, *flags):
     export.main([str(trained), *flags, "--output", str(path)])
     (model,), *_ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
-    return model
+    return model.eval()
 
 
 def in_file(tensor, path):
@@ -48,6 +48,8 @@ def test_same_results_from_the_file(toy, trained, tmp_path, dtype):
         assert ours.tables.shape == others.tables.shape and ours.tables.dtype == others.tables.dtype
         ids = torch.randint(4, 30, (2, 9))
         assert torch.equal(ours(ids), others(ids))
+        with pytest.raises(ValueError, match="are for inference"):
+            ours.train()(ids)
         assert in_file(ours.tables, path) and not in_file(others.tables, tmp_path / "memory.pt")
     plugin = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0")
     words = ("-s", "en", "-t", "de", "--beam", "2", "--max-len-b", "5")

@@ -123,7 +123,7 @@ def test_smaller_tables(toy, tmp_path, dtype):
     for path in (tmp_path / "checkpoint_last.pt", small):
         (model,), *_ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
         with torch.no_grad():
-            outputs.append(model.decoder.ngrams(ids))
+            outputs.append(model.eval().decoder.ngrams(ids))
     error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
     assert 0 < error < 0.01
     plugin = ("--user-dir", USER_DIR, "--cpu", "--num-workers", "0", "--path", small)

@@ -62,11 +62,15 @@ def copy_rate(size: int = 2**26, device: str = "cpu") -> float:
 
 
 def cpu_name() -> str:
+    """The processor's name and widest vector units, since one name may stand for generations."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(": ")[1] for x in lines if x.startswith("model name"))
+        name = next(x.split(": ")[1] for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+    units = next((x.split() for x in lines if x.startswith("flags")), [])
+    widest = [u for u in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if u in units]
+    return ", ".join([name, *widest[:1]])
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

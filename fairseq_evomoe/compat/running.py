@@ -19,7 +19,8 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from fairseq_evomoe.compat.patching import patch
-from fairseq_evomoe.kernels.transformer.attention import fast_attention, is_fast, recomputed
+from fairseq_evomoe.kernels.transformer.attention import recomputed
+from fairseq_evomoe.kernels.transformer.functions import are_fast, fast_functions
 from fairseq_evomoe.old_names import warn_of_old_names
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def recompute_as_before(original: Any) -> Any:
     def _checkpointed_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
         types = [t for t in ("cpu", "cuda") if torch.is_autocast_enabled(t)]
         dtypes = {t: torch.get_autocast_dtype(t) for t in types}
-        fast = is_fast()
+        fast = are_fast()
         if not (dtypes or fast):
             return original(forward, *args, **kwargs)
 
@@ -206,7 +207,7 @@ def recompute_as_before(original: Any) -> Any:
                 for device, dtype in dtypes.items():
                     stack.enter_context(torch.autocast(device, dtype))
                 if fast:
-                    stack.enter_context(fast_attention())
+                    stack.enter_context(fast_functions())
                     stack.enter_context(recomputed())
                 return forward(*inputs, **options)
 

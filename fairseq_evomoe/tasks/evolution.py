@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_evomoe.config import EvolutionConfig
 from fairseq_evomoe.kernels.pages import keep_freed_memory
-from fairseq_evomoe.kernels.transformer.attention import fast_attention
+from fairseq_evomoe.kernels.transformer.functions import fast_functions
 from fairseq_evomoe.kernels.transformer.matmul import by_onednn, choose, products
 from fairseq_evomoe.modules.gates import Gate
 from fairseq_evomoe.modules.moe_layer import EvoMoELayer, moe_layers
@@ -137,11 +137,11 @@ class EvolutionMixin:
         return result
 
     def valid_step(self, sample: Any, model: nn.Module, criterion: Any) -> Any:
-        with self._products(model), _fast_attention_by_onednn():
+        with self._products(model), _fast_functions_by_onednn():
             return super().valid_step(sample, model, criterion)
 
     def inference_step(self, generator: Any, models: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._products(models[0]), _fast_attention_by_onednn():
+        with self._products(models[0]), _fast_functions_by_onednn():
             return super().inference_step(generator, models, *args, **kwargs)
 
     def _products(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -188,18 +188,18 @@ def _is_on_cpu(model: nn.Module) -> bool:
     return next(model.parameters()).device.type == "cpu"
 
 
-def _fast_attention_by_onednn() -> AbstractContextManager[None]:
-    return fast_attention() if by_onednn() else nullcontext()
+def _fast_functions_by_onednn() -> AbstractContextManager[None]:
+    return fast_functions() if by_onednn() else nullcontext()
 
 
 def _fast_on_cpu(criterion: Any, *, autocast: bool) -> Callable[[Any, Any], Any]:
-    """A criterion whose forward pass, but not the backward pass after it, has fast attention.
+    """A criterion whose forward pass, but not the backward pass after it, has fast functions.
 
     With `autocast` it runs in bfloat16 too.
     """
 
     def run(model: Any, sample: Any) -> Any:
-        with fast_attention(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with fast_functions(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return criterion(model, sample)
 
     return run

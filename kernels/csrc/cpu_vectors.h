@@ -41,6 +41,14 @@ static inline fv load(const bfloat* p) {
     typedef uint32_t words __attribute__((vector_size(4 * V)));
     return (fv)(__builtin_convertvector(*(const halves*)p, words) << 16);
 }
+static inline void store(bfloat* p, fv v) {
+    typedef uint16_t halves __attribute__((vector_size(2 * V), aligned(2), may_alias));
+    typedef uint32_t words __attribute__((vector_size(4 * V)));
+    // to the nearest, and to the even one of two as near; what is not a number stays none
+    const words u = (words)v, odd = u >> 16 & 1, none = (words)(v != v);
+    const words rounded = (u + 0x7fff + odd) >> 16;
+    *(halves*)p = __builtin_convertvector((rounded & ~none) | (0x7fc0 & none), halves);
+}
 static inline float widen(float x) { return x; }
 static inline float widen(int8_t x) { return x; }
 static inline float widen(bfloat x) {

@@ -10,9 +10,8 @@ probabilities' memory; so they are for short sequences in float32, where no kern
 Letters: B sequences, N heads, L queries, S keys, C width of a head.
 """
 
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,29 +30,7 @@ SHORT = 64 * 64
 If oneDNN makes the products, flash attention is slow at every length, without gradients too.
 """
 
-_torch_attention = F.scaled_dot_product_attention
-
-
-class _Exchange:
-    """Exchanges torch's function while at least one block needs it, in whatever thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._blocks += 1
-            F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-
-    def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if not self._blocks:
-                F.scaled_dot_product_attention = _torch_attention
-
-
-_EXCHANGE = _Exchange()
+torch_attention = F.scaled_dot_product_attention
 
 
 _RECOMPUTED: ContextVar[bool] = ContextVar("recomputed", default=False)
@@ -68,20 +45,6 @@ def recomputed() -> Iterator[None]:
         yield
     finally:
         _RECOMPUTED.reset(token)
-
-
-def is_fast() -> bool:
-    """Whether a block of `fast_attention` is open, in this thread or in another."""
-    return F.scaled_dot_product_attention is attention
-
-
-def fast_attention() -> AbstractContextManager[None]:
-    """Within, torch's modules and functions train with `attention` where that is faster.
-
-    They look the function up in torch.nn.functional, where it is exchanged for the time of the
-    block. Other threads that compute attention meanwhile get the same results.
-    """
-    return _EXCHANGE
 
 
 def attention(
@@ -127,7 +90,7 @@ def attention(
         own = (x.float() for x in (query, key, value))
         return cpu.Attention.apply(*own, attn_mask).to(product)
     if not fast:
-        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     with torch.autocast("cpu", enabled=False):
         return _Attention.apply(*(x.to(product) for x in (query, key, value)), attn_mask)
 

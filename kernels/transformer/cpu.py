@@ -1,4 +1,4 @@
-"""The C++ kernels of csrc/transformer_cpu.cpp: attention and the loss's softmax in float32 on CPUs.
+"""The C++ kernels of csrc/transformer_cpu.cpp for CPUs: attention, the loss's softmax, dropout.
 
 Letters: B sequences, N heads, L queries, S keys, C width of a head, T tokens, W words.
 """
@@ -63,6 +63,11 @@ def serves_attention(query: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def serves_dropout(x: Tensor) -> bool:
+    """Whether dropout can."""
+    return x.dtype in (torch.float32, torch.bfloat16) and _loaded(x)
+
+
 def whole_rows(x: Tensor) -> Tensor:
     """The tensor, with its last axis contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -125,3 +130,20 @@ def softmax_loss(
     op = torch.ops.evomoe.softmax_loss.default
     op(logits, target.contiguous(), sure, rest, gradient, rows, isa())
     return rows.sum(0)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """Drop elements of a tensor, those that the seed says.
+
+    Args:
+        x: float32 or bfloat16, of any shape.
+        p: share of the elements that become 0, between 0 and 1; the others are divided by 1 - p.
+        seed: below 2^63.
+
+    Returns:
+        A contiguous tensor like x. Which elements are 0 depends on p, the seed and their position.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    torch.ops.evomoe.dropout.default(x, y, p, seed, isa())
+    return y

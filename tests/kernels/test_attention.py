@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fairseq_evomoe.kernels.transformer import attention as module
-from fairseq_evomoe.kernels.transformer.attention import attention, fast_attention
+from fairseq_evomoe.kernels.transformer.attention import attention
+from fairseq_evomoe.kernels.transformer.functions import fast_functions
 
 TORCH = F.scaled_dot_product_attention
 MASKS = {
@@ -43,7 +44,7 @@ def test_against_torch(mask, keys, monkeypatch):
     for function in (TORCH, attention):
         own = inputs(k=keys)
         if function is attention:
-            monkeypatch.setattr(module, "_torch_attention", None)
+            monkeypatch.setattr(module, "torch_attention", None)
         y = function(*own, attn_mask=made)
         direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).double()
         results.append([y, *torch.autograd.grad((y * direction).sum(), own)])
@@ -91,7 +92,7 @@ def test_where_torch_serves(length, options, grad, monkeypatch):
     served = []
     monkeypatch.setattr(module.cpu, "unavailable", lambda: "no compiler")
     monkeypatch.setattr(
-        module, "_torch_attention", lambda *a, **k: (served.append(1), TORCH(*a, **k))[1]
+        module, "torch_attention", lambda *a, **k: (served.append(1), TORCH(*a, **k))[1]
     )
     own = inputs(q=length, k=length, dtype=torch.float32)
     with torch.set_grad_enabled(grad):
@@ -101,16 +102,16 @@ def test_where_torch_serves(length, options, grad, monkeypatch):
 
 def test_torch_is_as_before_after_the_block():
     """Blocks may be nested, fail, and overlap in several threads."""
-    with fast_attention():
+    with fast_functions():
         assert F.scaled_dot_product_attention is attention
-        with pytest.raises(KeyError), fast_attention():
+        with pytest.raises(KeyError), fast_functions():
             raise KeyError
         assert F.scaled_dot_product_attention is attention
     assert F.scaled_dot_product_attention is TORCH
     meet = threading.Barrier(4)
 
     def work():
-        with fast_attention():
+        with fast_functions():
             meet.wait(timeout=10)
             assert F.scaled_dot_product_attention is attention
 
@@ -133,5 +134,5 @@ def test_fairseqs_attention_trains_with_it():
     pads[1, 4:] = True
     run = lambda: made(x, x, x, key_padding_mask=pads, need_weights=False)[0]
     want = run()
-    with fast_attention():
+    with fast_functions():
         assert torch.allclose(run(), want, atol=1e-6)

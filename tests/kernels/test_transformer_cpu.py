@@ -139,9 +139,7 @@ def test_who_serves(monkeypatch):
     own = inputs((2, 2, 20, 20, 8))
     calls = []
     monkeypatch.setattr(cpu.Attention, "apply", lambda *a: calls.append("kernel") or a[0])
-    monkeypatch.setattr(
-        attention, "_torch_attention", lambda *a, **k: calls.append("torch") or a[0]
-    )
+    monkeypatch.setattr(attention, "torch_attention", lambda *a, **k: calls.append("torch") or a[0])
     monkeypatch.setattr(attention._Attention, "apply", lambda *a: calls.append("products") or a[0])
     attention.attention(*own)
     with torch.no_grad():

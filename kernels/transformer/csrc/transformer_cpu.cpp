@@ -1,5 +1,5 @@
-// What a Transformer's training step needs around its experts, on CPUs in float32: attention, and the softmax of
-// the output layer with its gradient. For torch through its stable C++ interface.
+// What a Transformer's training step needs around its experts, on CPUs: attention and the softmax of the output
+// layer with its gradient in float32, and dropout. For torch through its stable C++ interface.
 //
 // Letters: B sequences, N heads, L queries, S keys, C width of a head, T tokens, W words.
 
@@ -92,6 +92,20 @@ void softmax_loss(const Tensor& logits, const Tensor& target, double sure, doubl
              losses(l, words, logits.size(0), logits.size(1), sure, rest, gradient, out));
 }
 
+// y = x / (1 - p) where a random word of the seed and the position is at least p 2^32, and else 0. x and y are contiguous,
+// of one size, float32 or bfloat16. The words are the same for every instruction set and number of threads.
+void dropout(const Tensor& x, const Tensor& y, double p, int64_t seed, int64_t isa) {
+    isa = std::min(isa, best_isa());
+    const void* from = x.const_data_ptr();
+    void* to = y.mutable_data_ptr();
+    const int64_t n = x.numel();
+    if (x.scalar_type() == ScalarType::BFloat16) {
+        DISPATCH(isa, dropout_rows((const bfloat*)from, (bfloat*)to, n, p, (uint64_t)seed));
+    } else {
+        DISPATCH(isa, dropout_rows((const float*)from, (float*)to, n, p, (uint64_t)seed));
+    }
+}
+
 int64_t transformer_isa() { return best_isa(); }
 
 }  // namespace
@@ -104,6 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(evomoe, m) {
     m.def(
         "softmax_loss(Tensor(a!) logits, Tensor target, float sure, float rest, bool gradient, "
         "Tensor(b!) rows, int isa) -> ()");
+    m.def("dropout(Tensor x, Tensor(a!) y, float p, int seed, int isa) -> ()");
     m.def("transformer_isa() -> int");
 }
 
@@ -111,6 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(evomoe, CPU, m) {
     m.impl("attention", TORCH_BOX(&attention));
     m.impl("attention_backward", TORCH_BOX(&attention_backward));
     m.impl("softmax_loss", TORCH_BOX(&softmax_loss));
+    m.impl("dropout", TORCH_BOX(&dropout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(evomoe, CompositeExplicitAutograd, m) {

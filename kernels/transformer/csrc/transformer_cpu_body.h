@@ -263,4 +263,45 @@ static void losses(float* logits, const int64_t* target, int64_t T, int64_t W, d
     });
 }
 
+typedef uint32_t uv __attribute__((vector_size(4 * V)));
+
+// 32 bits that depend on all bits of x: the hash "lowbias32" of Chris Wellons' prospector.
+static inline uv mixed(uv x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// V random words for the positions from i on, which are a multiple of V.
+static inline uv random_words(uint64_t seed, uint64_t i) {
+    uv at, key = uv{} + (uint32_t)(seed >> 32) + (uint32_t)(i >> 32);
+    for (int lane = 0; lane < V; lane++) at[lane] = lane;
+    return mixed(mixed(at + (uint32_t)i + (uint32_t)seed) ^ mixed(key));
+}
+
+template <class T>
+static inline void drop(const T* x, T* y, uv kept, float scale) {
+    store(y, (fv)((uv)(load(x) * scale) & kept));
+}
+
+// See dropout.
+template <class T>
+static void dropout_rows(const T* x, T* y, int64_t n, double p, uint64_t seed) {
+    const uint32_t limit = (uint32_t)std::min(p * 4294967296., 4294967295.);
+    const float scale = (float)(1 / (1 - p));
+    const int64_t whole = n / V;
+    parallel(whole, 4096, [&](int64_t from, int64_t to) {
+        for (int64_t i = from * V; i < to * V; i += V)
+            drop(x + i, y + i, (uv)(random_words(seed, i) >= limit), scale);
+    });
+    if (const int64_t left = n - whole * V) {
+        T last[V] = {};
+        std::memcpy(last, x + whole * V, left * sizeof(T));
+        drop(last, last, (uv)(random_words(seed, whole * V) >= limit), scale);
+        std::memcpy(y + whole * V, last, left * sizeof(T));
+    }
+}
+
 }  // namespace EVOMOE_ISA

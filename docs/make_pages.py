@@ -70,7 +70,7 @@ SECTIONS = (
         "`_wmt_en_de`), `transformer_lm_memoryformer_tiny` (`_small`, `_base`) and "
         "`roberta_memoryformer_base` switch both kinds of look-ups on.",
         ("memory_ffn", "memory_parallel", "memory_attention", "memory_layers"),
-        ("memory_bits", "memory_delta"),
+        ("memory_bits", "memory_delta", "memory_ffn_embed_dim"),
         ("memory_score", "memory_temperature", "memory_norm", "memory_out_proj"),
         ("memory_linear", "memory_straight_through", "memory_dropout"),
         ("memory_spawn_update",),

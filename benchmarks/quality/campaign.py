@@ -43,6 +43,7 @@ PLAIN = ("--moe-gate-token-bias", "0")
 LOOK_UPS = ("--moe-freq", "0", "--memory-ffn", "--memory-lr-scale", "1")
 WHOLE = (*LOOK_UPS, "--memory-attention")
 LINEAR = ("--memory-linear", "--memory-straight-through")
+WIDE = ("--memory-delta", "0", "--memory-ffn-embed-dim", "512")
 METHODS: dict[str, tuple[str, ...]] = {
     "dense": ("--moe-freq", "0"),
     "switch": ("--moe-gate", "switch", *BALANCED),
@@ -65,6 +66,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         *("--memory-out-proj", "dense", "--memory-spawn-update", "400"),
     ),
     "look-ups FFN l1": (*LOOK_UPS, "--memory-score", "l1", *LINEAR),
+    "look-ups FFN wide": (*LOOK_UPS, "--memory-score", "l1", *LINEAR, *WIDE),
 }
 """Name in the tables -> flags. `evomoe` starts from one expert, `dts` from independent ones."""
 

@@ -205,7 +205,9 @@ def build_norm(memory: dict[str, Any], width: int) -> nn.Module:
 
 def hidden_width(memory: dict[str, Any], width: int) -> int:
     """Width between the two look-ups of a feed-forward network."""
-    return (memory["bits"] + memory["delta"]) * -(-width // memory["bits"])
+    wide = memory["bits"] + memory["delta"]
+    # folders of earlier versions do not have it
+    return memory.get("ffn_embed_dim") or wide * -(-width // memory["bits"])
 
 
 class LookUpFFN(nn.Module):

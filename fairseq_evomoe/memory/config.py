@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Optional, Self
 
 from fairseq.dataclass.constants import StrEnum
 
@@ -59,6 +59,11 @@ class MemoryConfig(Flags):
         8, "number of values hashed to one row (tau in the paper); a table has 2^tau rows"
     )
     memory_delta: int = option(2, "number of additional bits in the second look-up of a memory FFN")
+    memory_ffn_embed_dim: Optional[int] = option(
+        None,
+        "hidden width of a memory FFN; with more of it, the second look-up has more tables "
+        "(default: bits + delta for each table of the first look-up, as in the paper)",
+    )
     memory_score: Score = option(
         "prob", "how a row is weighted: prob (the paper), abs_prob (the official code) or l1"
     )
@@ -117,6 +122,11 @@ class MemoryConfig(Flags):
         chosen = self.layers()
         return chosen is None or index in chosen
 
+    def hidden_width(self, width: int) -> int:
+        """Return the hidden width of a memory FFN whose input has this width."""
+        wide = self.memory_bits + self.memory_delta
+        return self.memory_ffn_embed_dim or wide * -(-width // self.memory_bits)
+
     def check(self) -> Self:
         """Refuse values that cannot work, before anything is built.
 
@@ -136,6 +146,11 @@ class MemoryConfig(Flags):
             0 <= self.memory_delta <= 16 - self.memory_bits,
             "--memory-delta",
             f"with --memory-bits {self.memory_bits} choose 0 to {16 - self.memory_bits}",
+        )
+        self.need(
+            self.memory_ffn_embed_dim is None or self.memory_ffn_embed_dim >= 1,
+            "--memory-ffn-embed-dim",
+            "must be 1 or more",
         )
         self.need_choice("--memory-score", Score)
         self.need_choice("--memory-norm", Norm)

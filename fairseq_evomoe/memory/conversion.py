@@ -104,13 +104,15 @@ def directions(ffn: MemoryFFN, generator: torch.Generator) -> None:
     """Fill the first look-up of a memory FFN, whose output the second look-up hashes.
 
     Each table of the second look-up hashes t + delta values. Of these, t are the table's slice of
-    the FFN's input, with unchanged signs, and delta are random projections of the whole input.
+    the FFN's input, with unchanged signs, and delta are random projections of the whole input. What
+    `--memory-ffn-embed-dim` adds beyond such tables are random projections too.
     """
     first, bits = ffn.first, ffn.second.rule.bits
     width = first.tables.size(2)
     weight = torch.randn(width, first.rule.width, generator=generator) / first.rule.width**0.5
     at = torch.arange(first.rule.width)
     row = at // first.rule.bits * bits + at % first.rule.bits
+    at, row = at[row < width], row[row < width]
     weight[row] = 0
     weight[row, at] = 1
     first.fill(linear_tables(first, weight.to(first.tables.device)))

@@ -151,8 +151,9 @@ class MemoryFFN(Spawning):
     """A feed-forward network of two look-ups without activation (section 2.4, the Memory Block).
 
     x -> look-up of t bits, width (t + delta) K -> norm -> look-up of t + delta bits, width D. What
-    a dense FFN gains by its hidden width, this one gains by `--memory-delta` more bits. The input
-    is the layer's normalised state.
+    a dense FFN gains by its hidden width, this one gains by `--memory-delta` more bits, or by more
+    tables in the second look-up with a hidden width of its own (`--memory-ffn-embed-dim`), which
+    is not in the paper. The input is the layer's normalised state.
 
     With `--memory-spawn-update` it is the dense network FC2 act(FC1 x) at first.
 
@@ -177,11 +178,10 @@ class MemoryFFN(Spawning):
         late = bool(cfg.memory_spawn_update)
         # the look-ups stand in the place of the whole network, and not of a linear map each
         cfg = replace(cfg, memory_spawn_update=0)
-        wide = cfg.memory_bits + cfg.memory_delta
-        count = -(-width // cfg.memory_bits)
-        self.first = MemoryLayer(width, wide * count, cfg)
-        self.norm = build_norm(cfg, wide * count)
-        self.second = MemoryLayer(wide * count, width, cfg, bits=wide)
+        hidden, bits = cfg.hidden_width(width), cfg.memory_bits + cfg.memory_delta
+        self.first = MemoryLayer(width, hidden, cfg)
+        self.norm = build_norm(cfg, hidden)
+        self.second = MemoryLayer(hidden, width, cfg, bits=bits)
         self.dropout = dropout
         if late:
             assert fc1 is not None and fc2 is not None and activation is not None

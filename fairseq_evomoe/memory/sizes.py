@@ -25,11 +25,12 @@ def table_parameters(
 ) -> int:
     """Count the parameters of all tables on one side of a model.
 
-    A feed-forward network has K N (t + d) K parameters in its first look-up and K N 2^d D in its
-    second, and a look-up beside a dense network (`--memory-parallel`) K N D. Self-attention has
-    K N 3 D. Attention over an encoder of width D' adds K N D + K' N 2 D, where K' = ceil(D' / t).
-    Each output projection by look-up adds K N D. With `--memory-linear` N is 2^t + t. The tables of
-    n-grams (`--memory-ngram`) have their rows times D.
+    A feed-forward network has K N H parameters in its first look-up and ceil(H / (t + d)) N 2^d D
+    in its second, where H is (t + d) K or `--memory-ffn-embed-dim`, and a look-up beside a dense
+    network (`--memory-parallel`) K N D. Self-attention has K N 3 D. Attention over an encoder of
+    width D' adds K N D + K' N 2 D, where K' = ceil(D' / t). Each output projection by look-up adds
+    K N D. With `--memory-linear` N is 2^t + t. The tables of n-grams (`--memory-ngram`) have their
+    rows times D.
 
     Args:
         side: "encoder" or "decoder".
@@ -40,7 +41,8 @@ def table_parameters(
     bits, wide = memory.memory_bits, memory.memory_bits + memory.memory_delta
     rows, more_rows = (2**t + t * memory.memory_linear for t in (bits, wide))
     count = -(-width // bits)
-    ffn = count * rows * wide * count + count * more_rows * width
+    hidden = memory.hidden_width(width)
+    ffn = count * rows * hidden + -(-hidden // wide) * more_rows * width
     beside = count * rows * width
     out = count * rows * width * (memory.memory_out_proj == "memory")
     attention = count * rows * 3 * width + out

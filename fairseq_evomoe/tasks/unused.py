@@ -146,7 +146,7 @@ RULES = (
         "--memory-ffn or --memory-attention",
     ),
     Rule(
-        ("memory_delta", "memory_norm"),
+        ("memory_delta", "memory_ffn_embed_dim", "memory_norm"),
         lambda s: (s.looks_up_ffn and not s.memory.memory_parallel) or s.memory_experts,
         "--memory-ffn without --memory-parallel, or --moe-expert-type memory",
     ),

@@ -62,7 +62,10 @@ CASES = {
         (*EVERY, "--moe-expert-type", "memory", "--memory-bits", 4, "--memory-linear"),
     ),
     "int8 experts": ("lm", (*EVERY, "--moe-gate", "switch", "--moe-expert-storage", "int8")),
-    "memoryformer": ("translation", (*WHOLE, "--memory-score", "l1", "--memory-linear")),
+    "memoryformer": (
+        "translation",
+        (*WHOLE, "--memory-score", "l1", "--memory-linear", "--memory-ffn-embed-dim", 50),
+    ),
     "memoryformer int8": ("lm", (*WHOLE, "--memory-tables", "int8", "--memory-norm", "rms")),
     "memoryformer bf16": (
         "mlm",

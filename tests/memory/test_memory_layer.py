@@ -185,14 +185,16 @@ def test_learning_rate_of_the_tables():
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("delta", [0, 2])
-def test_ffn(norm, delta):
+@pytest.mark.parametrize(("delta", "hidden"), [(0, None), (2, None), (0, 96), (2, 31)])
+def test_ffn(norm, delta, hidden):
     """The FFN is two look-ups with a norm between them, of widths (t + delta) K and D, with 2^t and
-    2^(t + delta) rows."""
-    made = MemoryFFN(D, flags(memory_norm=norm, memory_delta=delta))
+    2^(t + delta) rows; a hidden width of its own gives the second more tables."""
+    cfg = flags(memory_norm=norm, memory_delta=delta, memory_ffn_embed_dim=hidden)
+    made = MemoryFFN(D, cfg)
     tables = D // 4
-    assert made.first.tables.shape == (tables, 16, (4 + delta) * tables)
-    assert made.second.tables.shape == (tables, 2 ** (4 + delta), D)
+    hidden = hidden or (4 + delta) * tables
+    assert made.first.tables.shape == (tables, 16, hidden)
+    assert made.second.tables.shape == (-(-hidden // (4 + delta)), 2 ** (4 + delta), D)
     x = torch.randn(7, D)
     h = made.first(x)
     if norm == "layer":
@@ -252,6 +254,7 @@ def test_attention_over_an_encoder():
         ({"memory_layers": "0,x"}, "--memory-layers 0,x"),
         ({"memory_bits": 0}, "--memory-bits 0"),
         ({"memory_bits": 12, "memory_delta": 5}, "--memory-delta 5"),
+        ({"memory_ffn_embed_dim": 0}, "--memory-ffn-embed-dim 0"),
         ({"memory_score": "cosine"}, "--memory-score cosine"),
         ({"memory_norm": "batch"}, "--memory-norm batch"),
         ({"memory_out_proj": "big"}, "--memory-out-proj big"),

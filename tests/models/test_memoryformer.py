@@ -120,6 +120,7 @@ def test_tables_have_a_weight_decay_of_their_own(toy, tmp_path, precision):
         ("--memory-parallel",),
         ("--memory-ngram", 2, "--memory-ngram-rows", 100),
         ("--memory-layers", "1", "--memory-delta", 1),
+        ("--memory-ffn-embed-dim", 45, "--memory-linear"),
         ("--moe-freq", 2, "--moe-expert-type", "memory", "--moe-shared-expert"),
     ],
     ids=str,

@@ -45,6 +45,7 @@ CHOICES = [
     *flag("--dts-temperature-end", 0, 0.5, 9),
     *flag("--memory-bits", 0, 3, 17),
     *flag("--memory-delta", 1, 16),
+    *flag("--memory-ffn-embed-dim", 0, 5, 64),
     *flag("--memory-layers", "0", "1,5", "x"),
     *flag("--memory-score", "l1", "abs_prob"),
     *flag("--memory-dropout", 0.1, 1.0),

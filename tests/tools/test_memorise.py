@@ -37,7 +37,11 @@ def losses(text):
     return {x.rsplit(" ", 1)[0]: float(x.rsplit(" ", 1)[1]) for x in line[15:].split(", ")}
 
 
-@pytest.mark.parametrize("more", [(), ("--memory-linear",)], ids=["rows", "linear part"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--memory-linear", "--memory-ffn-embed-dim", 100)],
+    ids=["rows", "linear part, more tables"],
+)
 def test_every_step_keeps_more(dense, more, toy, tmp_path, capsys):
     """Calibration lowers the loss of the start without data, and training continues from it."""
     family, path = dense

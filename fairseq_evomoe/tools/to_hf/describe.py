@@ -238,6 +238,7 @@ def _memory(cfg: MemoryConfig) -> dict[str, Any]:
     return {
         "bits": cfg.memory_bits,
         "delta": cfg.memory_delta,
+        "ffn_embed_dim": cfg.memory_ffn_embed_dim,
         "score": score,
         "temperature": cfg.memory_temperature,
         "norm": str(cfg.memory_norm),

@@ -90,7 +90,11 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r}{trust})
 # saved and loaded once more, and generation, by the same code
 model.save_pretrained({out!r} + "-again")
 again = Auto.from_pretrained({out!r} + "-again"{trust})
-assert torch.equal(again(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits)
+pairs = zip(again.parameters(), model.parameters(), strict=True)
+assert all(torch.equal(a, b) for a, b in pairs)
+# products round as the alignment of weights in a file has it
+one, two = (m(input_ids=ids, **more).logits for m in (again, model))
+assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
 if hasattr(again, "lm_head") and "Masked" not in {auto!r}:
     assert again.generate(ids[:, :3], max_new_tokens=3).size(1) > 1
 print(type(model).__module__, tokenizer("the dog").input_ids)

@@ -2,23 +2,18 @@
 
 import pytest
 import torch
+from isa_kit import every_isa
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fairseq_evomoe.kernels import backend, native
+from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.transformer import cpu
 from fairseq_evomoe.kernels.transformer import dropout as module
 from fairseq_evomoe.kernels.transformer.dropout import dropout
 from fairseq_evomoe.kernels.transformer.functions import fast_functions
 
-
-@pytest.fixture(params=native.ISAS)
-def isa(request, monkeypatch):
-    assert not cpu.unavailable()
-    if native.ISAS.index(request.param) > torch.ops.evomoe.transformer_isa():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(cpu, "isa", lambda: native.ISAS.index(request.param))
+isa = every_isa(cpu, "transformer_isa")
 
 
 def kept(n, p=0.25, seed=1):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from expert_kit import by_loops
+from isa_kit import every_isa
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import backend, native
+from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.experts import few_rows, serve
 from fairseq_evomoe.kernels.experts.values import ExpertWeights, Routing
 from fairseq_evomoe.kernels.lookup.score import quantise
@@ -21,12 +22,7 @@ SHAPES = (
 )
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request, monkeypatch):
-    assert not few_rows.unavailable()
-    if native.ISAS.index(request.param) > torch.ops.evomoe.few_rows_isa():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(few_rows, "isa", lambda: native.ISAS.index(request.param))
+isa = every_isa(few_rows, "few_rows_isa")
 
 
 def drawn(shape, density=0.5):

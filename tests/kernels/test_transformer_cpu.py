@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from isa_kit import every_isa
 from torch.nn import functional as F
 
-from fairseq_evomoe.kernels import backend, native
+from fairseq_evomoe.kernels import backend
 from fairseq_evomoe.kernels.transformer import attention, cpu, output_loss
 
 SHAPES = (
@@ -31,12 +32,7 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request, monkeypatch):
-    assert not cpu.unavailable()
-    if native.ISAS.index(request.param) > torch.ops.evomoe.transformer_isa():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(cpu, "isa", lambda: native.ISAS.index(request.param))
+isa = every_isa(cpu, "transformer_isa")
 
 
 def inputs(shape):

@@ -193,7 +193,7 @@ def _fast_functions_by_onednn() -> AbstractContextManager[None]:
 
 
 def _fast_on_cpu(criterion: Any, *, autocast: bool) -> Callable[[Any, Any], Any]:
-    """A criterion whose forward pass, but not the backward pass after it, has fast functions.
+    """A criterion whose forward pass runs in `fast_functions`; the backward pass after it does not.
 
     With `autocast` it runs in bfloat16 too.
     """

@@ -1,4 +1,4 @@
-"""Functions of torch that training on a CPU exchanges for faster ones with the same results.
+"""Functions of torch that training on a CPU exchanges for faster ones of the same meaning.
 
 Modules of torch and fairseq look them up in torch.nn.functional when they are called.
 """

@@ -1,12 +1,13 @@
-"""modules/memory_fit.py: look-up tables fitted to a given map by least squares."""
+"""memory/fit.py and conversion.py: look-up tables fitted to a given map by least squares."""
 
 import pytest
 import torch
 
 from fairseq_evomoe.kernels.lookup.score import codes, linear_gain
 from fairseq_evomoe.memory.config import MemoryConfig
+from fairseq_evomoe.memory.conversion import directions
 from fairseq_evomoe.memory.fit import fit, linear_tables
-from fairseq_evomoe.memory.layer import MemoryLayer
+from fairseq_evomoe.memory.layer import MemoryFFN, MemoryLayer
 
 
 def kept(layer, x, y):
@@ -72,3 +73,24 @@ def test_rows_without_samples_stay_at_the_prior():
     assert torch.allclose(layer.tables[0, others], prior[0, others])
     with torch.no_grad():
         assert (layer(x) - y).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("hidden", [10, None, 96])
+def test_the_hidden_values_that_are_inputs(hidden):
+    """The second look-up's tables hash their slices of the input, as far as the hidden width goes.
+
+    With 4 bits and delta 2, table k hashes the hidden values from 6 k on, and the first 4 of them
+    have the signs of the inputs from 4 k on. What is beyond the last slice is not the input.
+    """
+    ffn = MemoryFFN(24, MemoryConfig(memory_bits=4, memory_delta=2, memory_ffn_embed_dim=hidden))
+    directions(ffn, torch.Generator().manual_seed(2))
+    x = torch.randn(4000, 24, generator=torch.Generator().manual_seed(3))
+    together = torch.corrcoef(torch.cat([ffn.first(x), x], 1).t())[: -x.size(1), -x.size(1) :]
+    wide = hidden or 36
+    assert together.shape == (wide, 24)
+    inputs = {6 * (d // 4) + d % 4: d for d in range(24)}
+    for row in range(wide):
+        if row in inputs:
+            assert together[row].argmax() == inputs[row] and together[row, inputs[row]] > 0.8
+        else:
+            assert together[row].max() < 0.8

@@ -100,9 +100,9 @@ void dropout(const Tensor& x, const Tensor& y, double p, int64_t seed, int64_t i
     void* to = y.mutable_data_ptr();
     const int64_t n = x.numel();
     if (x.scalar_type() == ScalarType::BFloat16) {
-        DISPATCH(isa, dropout_rows((const bfloat*)from, (bfloat*)to, n, p, (uint64_t)seed));
+        DISPATCH(isa, dropout((const bfloat*)from, (bfloat*)to, n, p, seed));
     } else {
-        DISPATCH(isa, dropout_rows((const float*)from, (float*)to, n, p, (uint64_t)seed));
+        DISPATCH(isa, dropout((const float*)from, (float*)to, n, p, seed));
     }
 }
 

@@ -274,33 +274,42 @@ static inline uv mixed(uv x) {
     return x ^ x >> 16;
 }
 
-// V random words for the positions from i on, which are a multiple of V.
-static inline uv random_words(uint64_t seed, uint64_t i) {
-    uv at, key = uv{} + (uint32_t)(seed >> 32) + (uint32_t)(i >> 32);
-    for (int lane = 0; lane < V; lane++) at[lane] = lane;
-    return mixed(mixed(at + (uint32_t)i + (uint32_t)seed) ^ mixed(key));
-}
-
-template <class T>
-static inline void drop(const T* x, T* y, uv kept, float scale) {
-    store(y, (fv)((uv)(load(x) * scale) & kept));
-}
+// Which elements dropout keeps, and by what it multiplies them.
+struct Mask {
+    const uint64_t seed;
+    const uint32_t limit;
+    const float scale;
+    Mask(double p, int64_t s)
+        : seed(s), limit(std::min(p * 4294967296., 4294967295.)), scale((float)(1 / (1 - p))) {}
+    // The part of the hash that 2^32 positions share.
+    uv key(uint64_t i) const { return mixed(uv{} + (uint32_t)(seed >> 32) + (uint32_t)(i >> 32)); }
+    // x -> y for the V positions from i on; i is a multiple of V.
+    template <class T>
+    void apply(const T* x, T* y, uint64_t i, uv shared) const {
+        uv at;
+        for (int lane = 0; lane < V; lane++) at[lane] = lane;
+        const uv words = mixed(mixed(at + (uint32_t)i + (uint32_t)seed) ^ shared);
+        store(y, (fv)((uv)(load(x) * scale) & (uv)(words >= limit)));
+    }
+};
 
 // See dropout.
 template <class T>
-static void dropout_rows(const T* x, T* y, int64_t n, double p, uint64_t seed) {
-    const uint32_t limit = (uint32_t)std::min(p * 4294967296., 4294967295.);
-    const float scale = (float)(1 / (1 - p));
-    const int64_t whole = n / V;
-    parallel(whole, 4096, [&](int64_t from, int64_t to) {
-        for (int64_t i = from * V; i < to * V; i += V)
-            drop(x + i, y + i, (uv)(random_words(seed, i) >= limit), scale);
+static void dropout(const T* x, T* y, int64_t n, double p, int64_t seed) {
+    const Mask mask(p, seed);
+    const int64_t whole = n / V * V;
+    parallel(whole / V, 4096, [&](int64_t from, int64_t to) {
+        for (int64_t i = from * V; i < to * V;) {
+            const uv shared = mask.key(i);
+            const int64_t end = std::min(to * V, ((i >> 32) + 1) << 32);
+            for (; i < end; i += V) mask.apply(x + i, y + i, i, shared);
+        }
     });
-    if (const int64_t left = n - whole * V) {
+    if (const int64_t left = n - whole) {
         T last[V] = {};
-        std::memcpy(last, x + whole * V, left * sizeof(T));
-        drop(last, last, (uv)(random_words(seed, whole * V) >= limit), scale);
-        std::memcpy(y + whole * V, last, left * sizeof(T));
+        std::memcpy(last, x + whole, left * sizeof(T));
+        mask.apply(last, last, whole, mask.key(whole));
+        std::memcpy(y + whole, last, left * sizeof(T));
     }
 }
 
